@@ -1,0 +1,1 @@
+"""What every view-synthesis system here shares: cameras, sampling, data, training, evaluation."""

@@ -1,0 +1,1 @@
+"""Scene sources, view choice and the input pipeline: NumPy only, so workers never start JAX."""

@@ -1,0 +1,42 @@
+"""Installs the libraries; configs, launch and tests stay in the checkout."""
+
+from setuptools import find_packages, setup
+
+SYSTEMS = ["quark_jax*", "lvsm_jax*", "vqnerf_jax*", "depth_decoder_jax*"]
+
+setup(
+    name="viewsynth-jax",
+    version="0.1.0",
+    description="Neural view synthesis in JAX: Quark, on shared cameras, data and training.",
+    license="Apache-2.0",
+    # common/ is a source root: it holds nvs_common, so no one imports `common`.
+    package_dir={"nvs_common": "common/nvs_common"},
+    packages=find_packages(include=SYSTEMS) + find_packages("common"),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.1",
+        "optax",
+        "orbax-checkpoint>=0.11.40",
+        "chex",
+        "grain>=0.2.14",
+        "tensorflow-datasets",
+        "einops",
+        "numpy>=2.0",
+        "ml-collections",
+        "clu",
+        "absl-py",
+        "pillow>=10",
+        "imageio",
+        "imageio-ffmpeg",
+        "tensorboardX",
+        "tqdm",
+        "safetensors",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest", "scikit-image", "build", "setuptools>=69", "wheel"],
+        "dev": ["ruff", "pyright"],
+    },
+)

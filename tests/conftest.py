@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices, strict ranks and a persistent compilation cache for every test."""
+
+import os
+import pathlib
+
+# Before the first import of JAX anywhere: worker processes inherit these.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Real posed photographs beside the checkout; the test is skipped where they are absent."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no real photographs beside this checkout (../shared/data)")
+    return path
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside one test."""
+    with jax.enable_x64(True):
+        yield
