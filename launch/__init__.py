@@ -1,0 +1,1 @@
+"""Command-line programs; run from the checkout, never installed."""
