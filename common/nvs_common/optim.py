@@ -25,7 +25,7 @@ def make(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     Raises:
       InputError: an unknown schedule, or lengths that do not fit into num_steps.
     """
-    optim = config.optim
+    optim: Any = config.optim
     adam = optax.adamw(
         schedule(config),
         b1=optim.b1,
@@ -47,7 +47,8 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     Raises:
       InputError: an unknown schedule, or lengths that do not fit into num_steps.
     """
-    optim, steps = config.optim, config.num_steps
+    optim: Any = config.optim
+    steps: Any = config.num_steps
     peak, warmup, decay = optim.learning_rate, optim.warmup_steps, optim.decay_steps
     if optim.schedule not in SCHEDULES:
         raise errors.InputError(

@@ -16,7 +16,7 @@ import contextvars
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -26,7 +26,7 @@ from nvs_common import errors
 from nvs_common.types import Array, Names
 
 AXES = ("data", "fsdp", "tensor", "context")
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
     # Parameters.
@@ -172,7 +172,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def path_name(path: Sequence[Any]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """A tree path as one string, "blocks/attn/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
