@@ -1,0 +1,246 @@
+"""Training batches: a Grain pipeline whose order is a function of (seed, step) alone.
+
+Row r of step n is sample n * batch_size + r of an endless shuffled sequence, on whichever of H
+hosts it lands: host k holds rows k, k + H, k + 2H, ... of every step. The number of workers and
+of hosts change neither which samples make a step nor what is in them, and the state of the
+iterator is the number of the next step, so resuming is immediate and needs no saved file of the
+same shape. This holds because chance comes from (seed, sample number) and because batches are
+formed before work is handed to workers.
+
+Nothing here calls JAX; worker processes never start a backend.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from nvs_common.data import samples, sources
+from nvs_common.errors import InputError
+from nvs_common.types import Batch
+
+# A worker takes one core for itself, and decodes on the CPU whatever the host has.
+_WORKER_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+_BATCHES_AHEAD = 2  # of each worker; also of the threads when there are no workers
+_SHARED_MEMORY = "/dev/shm"
+_SHARED_MEMORY_LEAF = 64 * 1024  # bytes; smaller arrays travel faster through the pipe
+
+
+def training_batches(
+    config, *, source: Any = None, shard: grain.sharding.ShardOptions | None = None
+) -> BatchIterator:
+    """Endless NumPy batches, this process's share of `config.batch_size` scenes each.
+
+    Reads `config.seed`, `config.batch_size` and `config.data`, see `Sampler` and `make_source`;
+    `config.data.workers` is the number of worker processes, 0 for threads of this one.
+
+    Args:
+      config: the run's config.
+      source: scenes; `sources.make_source(config)` if None.
+      shard: which share this process gets; by default its JAX process index and count.
+
+    Raises:
+      InputError: a bad source or option, or a scene too small for the asked views.
+    """
+    source = sources.make_source(config) if source is None else source
+    shard = grain.sharding.ShardByJaxProcess() if shard is None else shard
+    rows, rest = divmod(config.batch_size, shard.shard_count)
+    if rest or rows == 0:
+        raise InputError(
+            f"batch_size={config.batch_size} does not divide among {shard.shard_count} "
+            "processes: set it to a multiple of their number."
+        )
+    if config.data.workers < 0:
+        raise InputError(f"data.workers={config.data.workers}, but it has to be 0 or more.")
+    sampler = samples.Sampler.from_config(config)
+    sequence = sample_sequence(source, sampler, config.seed)
+    first = source[0].cameras
+    views = rows * (sampler.num_context + sampler.num_target)
+    return BatchIterator(
+        sequence,
+        config.batch_size,
+        shard,
+        workers=config.data.workers,
+        batch_bytes=views * first.height * first.width * 3 * np.dtype(np.float32).itemsize,
+    )
+
+
+def sample_sequence(source: Any, sampler: samples.Sampler, seed: int) -> grain.MapDataset:
+    """The endless sequence of samples; each epoch of a source is shuffled anew.
+
+    Raises:
+      InputError: a scene is too small for the sampler.
+    """
+    if not isinstance(source, sources.Mixture):
+        source = sources.Mixture((source,), (1.0,))
+    sequences = []
+    for number, part in enumerate(source.parts):
+        if len(part) == 0:
+            raise InputError(f"Source {number} of data.source has no scene.")
+        sampler.check(part)
+        chain = grain.MapDataset.range(len(part)).seed(_fold(seed, number)).shuffle()
+        sequences.append(chain.repeat().random_map(samples.DrawSample(part, sampler)))
+    if len(sequences) == 1:
+        return sequences[0]
+    return grain.MapDataset.mix(sequences, source.weights)
+
+
+_iterators: weakref.WeakSet[BatchIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends workers before the interpreter takes apart the modules they are ended with."""
+    for iterator in list(_iterators):
+        iterator.close()
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches from a step on; `get_state` is {"step": the next step} and nothing else.
+
+    Any process count and worker count can continue from the state of any other: `set_state`
+    builds the Grain chain anew, sliced from that step.
+    """
+
+    def __init__(
+        self,
+        sequence: grain.MapDataset,
+        batch_size: int,
+        shard: grain.sharding.ShardOptions,
+        *,
+        workers: int,
+        batch_bytes: int,
+    ):
+        self._sequence = sequence
+        self._batch_size = batch_size
+        self._shard = shard
+        self._workers = workers
+        self._batch_bytes = batch_bytes
+        self._step = 0
+        self._chain: Any = None
+        _iterators.add(self)
+
+    def __next__(self) -> Batch:
+        if self._chain is None:
+            self._chain = self._start()
+        batch = next(self._chain)
+        if self._workers:
+            # Frees the shared memory at once, however long the caller keeps the batch.
+            batch = samples.copy(batch)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The number of the next step."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from a step, in constant time.
+
+        Raises:
+          InputError: the state is not one of this iterator.
+        """
+        if set(state) != {"step"} or state["step"] < 0:
+            raise InputError(f"The data iterator's state is {state}, but {{'step': n}} is needed.")
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts them again."""
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
+
+    def _start(self) -> Any:
+        first = self._step * self._batch_size + self._shard.shard_index
+        rows = self._sequence.slice(slice(first, None, self._shard.shard_count))
+        # Batched here, before workers: whole batches are handed out, in order.
+        batches = rows.batch(self._batch_size // self._shard.shard_count, batch_fn=samples.stack)
+        if not self._workers:
+            reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_BATCHES_AHEAD)
+            return iter(batches.to_iter_dataset(reading))
+        # Grain reads absl flags in every worker, which fails outside of absl.app.run.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        options = grain.experimental.DatasetOptions(min_shm_size=self._smallest_shared())
+        chain = grain.experimental.WithOptionsIterDataset(batches.to_iter_dataset(reading), options)
+        chain = chain.mp_prefetch(
+            grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_BATCHES_AHEAD),
+            worker_init_fn=_start_worker,
+        )
+        chain = iter(chain)
+        with _environment(_WORKER_ENVIRONMENT):
+            chain.start_prefetch()
+        return chain
+
+    def _smallest_shared(self) -> int:
+        """Bytes from which an array goes through shared memory; a full one kills the workers."""
+        # Each worker has its buffer, a batch in the making and one on its way.
+        needed = self._workers * (_BATCHES_AHEAD + 2) * self._batch_bytes
+        if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < needed:
+            logging.warning(
+                "%s has less than the %.1f MB that %d data workers need: batches go through pipes, "
+                "which is slower. Containers: --shm-size.",
+                _SHARED_MEMORY,
+                needed / 1e6,
+                self._workers,
+            )
+            return sys.maxsize
+        return _SHARED_MEMORY_LEAF
+
+
+def _fold(seed: int, number: int) -> int:
+    """A seed in [0, 2**32) for source `number` of a mixture."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Leaves signals to the parent and ends with it, even when it is killed."""
+    del worker_index, worker_count
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent still saves its state
+    # and then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that processes started inside inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

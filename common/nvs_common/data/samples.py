@@ -1,0 +1,203 @@
+"""One training sample: views of a scene, chosen and then read; and samples stacked to a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from nvs_common.data import sources, views
+from nvs_common.errors import InputError
+from nvs_common.types import Batch, Cameras, Views
+
+_CAMERA_ARRAYS = ("world_from_cam", "intrinsics", "near", "far")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws one sample, a `Batch` without the scene axis, from a scene.
+
+    Attributes:
+      num_context: v.
+      num_target: t.
+      choice: how views are chosen: "nearest_random" (Quark), "window" (LVSM), "random".
+      nearest: the pool of nearest views of "nearest_random".
+      min_distance: least frame distance of "window".
+      max_distance: greatest frame distance of "window".
+      targets_may_be_context: of "window".
+      hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
+      with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
+      max_bad_scenes: how many scenes whose images turn out to be unreadable one process may
+        replace by the next scene before it stops.
+    """
+
+    num_context: int
+    num_target: int
+    choice: str = "nearest_random"
+    nearest: int = 16
+    min_distance: int = 25
+    max_distance: int = 192
+    targets_may_be_context: bool = False
+    hold_out_every: int = 8
+    with_depth: bool = False
+    max_bad_scenes: int = 0
+
+    @classmethod
+    def from_config(cls, config) -> Sampler:
+        """Takes the fields of the same name from `config.data`, and defaults for absent ones."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: config.data[name] for name in names if name in config.data})
+
+    def __post_init__(self):
+        if self.num_context < 1 or self.num_target < 1:
+            raise InputError(
+                f"data.num_context={self.num_context} and data.num_target={self.num_target}, "
+                "but both have to be at least 1."
+            )
+        if self.choice not in ("nearest_random", "window", "random"):
+            raise InputError(
+                f"data.choice={self.choice!r} is none of 'nearest_random', 'window', 'random'."
+            )
+
+    def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
+        """Indices of the views that training may use."""
+        every = self.hold_out_every if folder else 0
+        return views.split_every(len(scene.names), every).context
+
+    def choose(self, scene: Any, allowed: np.ndarray, rng: np.random.Generator) -> views.Choice:
+        """Chooses context and targets among the allowed views.
+
+        Raises:
+          InputError: the scene is too small.
+        """
+        counts = {"num_context": self.num_context, "num_target": self.num_target}
+        name = f"scene {scene.source}"
+        if self.choice == "nearest_random":
+            cameras = scene.cameras[allowed]
+            drawn = views.nearest_random(cameras, rng, pool=self.nearest, name=name, **counts)
+        elif self.choice == "window":
+            drawn = views.window(
+                len(allowed),
+                rng,
+                min_distance=self.min_distance,
+                max_distance=self.max_distance,
+                targets_may_be_context=self.targets_may_be_context,
+                name=name,
+                **counts,
+            )
+        else:
+            drawn = views.random(len(allowed), rng, name=name, **counts)
+        return views.Choice(allowed[drawn.context], allowed[drawn.target])
+
+    def check(self, source: Any) -> None:
+        """Tries the choice on every scene of a folder, on cameras only, before training starts.
+
+        Raises:
+          InputError: a scene is too small, or depth is asked for where there is none.
+        """
+        folder = isinstance(source, sources.FolderScenes)
+        # Every scene of the procedural world has the same number of views.
+        for index in range(len(source) if folder else min(len(source), 1)):
+            scene = source[index]
+            self.choose(scene, self.allowed(scene, folder=folder), np.random.default_rng(0))
+            if self.with_depth and not hasattr(scene, "depths"):
+                raise InputError(
+                    f"data.with_depth is set, but scene {scene.source} has no depth: unset it, "
+                    "or train on the procedural world."
+                )
+
+
+class DrawSample:
+    """Scene index and generator -> sample, as `random_map` calls it."""
+
+    def __init__(self, source: Any, sampler: Sampler):
+        self._source = source
+        self._sampler = sampler
+        self._folder = isinstance(source, sources.FolderScenes)
+        self._bad: set[str] = set()
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        """Draws a sample; a scene with unreadable images is replaced by the next scene.
+
+        The same bad image is met again whenever it is drawn, so that the order stays a function
+        of (seed, step): what happened before only decides when to stop.
+        """
+        sampler = self._sampler
+        for attempt in range(len(self._source)):
+            scene = self._source[(int(index) + attempt) % len(self._source)]
+            choice = sampler.choose(scene, sampler.allowed(scene, folder=self._folder), rng)
+            try:
+                return assemble(scene, choice, with_depth=sampler.with_depth)
+            except InputError as error:
+                self._bad.add(scene.source)
+                if len(self._bad) > sampler.max_bad_scenes:
+                    raise
+                logging.warning(
+                    "Replacing bad scene (%d of at most %d): %s",
+                    len(self._bad),
+                    sampler.max_bad_scenes,
+                    error,
+                )
+            except Exception as error:
+                error.add_note(f"While views {choice} of scene {scene.source} were read.")
+                raise
+        raise InputError(
+            f"No scene could be read of {len(self._source)}; the last one is {scene.source}."
+        )
+
+
+def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:
+    """Reads the chosen views of a scene, and no others.
+
+    Returns:
+      A `Batch` without the scene axis: context Views [v], target Views [t], float32, and with
+      `with_depth` extras["depth"] [t, h, w] in z.
+    """
+    extras = {}
+    if with_depth:
+        extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
+    return Batch(_views(scene, choice.context), _views(scene, choice.target), extras)
+
+
+def stack(samples: Sequence[Batch]) -> Batch:
+    """Stacks samples along a new leading scene axis b."""
+
+    def stack_views(parts: Sequence[Views]) -> Views:
+        first = parts[0].cameras
+        arrays = {
+            name: np.stack([getattr(part.cameras, name) for part in parts])
+            for name in _CAMERA_ARRAYS
+        }
+        cameras = Cameras(**arrays, height=first.height, width=first.width)
+        return Views(np.stack([part.images for part in parts]), cameras)
+
+    extras = {name: np.stack([s.extras[name] for s in samples]) for name in samples[0].extras}
+    return Batch(
+        stack_views([s.context for s in samples]), stack_views([s.target for s in samples]), extras
+    )
+
+
+def copy(batch: Batch) -> Batch:
+    """The same batch in arrays of its own."""
+
+    def copy_views(part: Views) -> Views:
+        arrays = {name: np.array(getattr(part.cameras, name)) for name in _CAMERA_ARRAYS}
+        return Views(np.array(part.images), part.cameras.replace(**arrays))
+
+    extras = {name: np.array(value) for name, value in batch.extras.items()}
+    return Batch(copy_views(batch.context), copy_views(batch.target), extras)
+
+
+def _views(scene: Any, indices: np.ndarray) -> Views:
+    cameras = scene.cameras[indices]
+    images = np.asarray(scene.images(indices), np.float32)
+    if images.shape != (len(indices), cameras.height, cameras.width, 3):
+        raise InputError(
+            f"Scene {scene.source}: images {images.shape} were read, but {len(indices)} images of "
+            f"{cameras.height} x {cameras.width} x 3 were expected."
+        )
+    single = [np.asarray(getattr(cameras, name), np.float32) for name in _CAMERA_ARRAYS]
+    return Views(images, Cameras(*single, height=cameras.height, width=cameras.width))
