@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes the environment where needed and runs the test suite; arguments go to pytest.
+#   bash launch/test.sh                     everything but slow, GPU and TPU tests
+#   bash launch/test.sh -m slow             the slow ones
+#   bash launch/test.sh tests/test_views.py -k nearest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+cd "$ROOT"
+# Compiled programs are kept in .jax_cache (tests/conftest.py), so a second run is much shorter.
+status=0
+"$PYTHON" -m pytest -q -m "not slow and not gpu and not tpu" "$@" || status=$?
+printf 'Tests took %d min %02d s.\n' $((SECONDS / 60)) $((SECONDS % 60))
+exit "$status"
