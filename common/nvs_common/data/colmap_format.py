@@ -1,0 +1,74 @@
+"""COLMAP scenes: where the model and the images lie, and near and far from its points."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from nvs_common.data import array_formats, colmap, depth_bounds, scene_files, scene_formats
+from nvs_common.data.scene_formats import Loaded, Options, Posed
+from nvs_common.errors import InputError
+
+IMAGE_FOLDERS = (*array_formats.IMAGE_FOLDERS, "input")
+
+
+def find_model(folder: pathlib.Path) -> pathlib.Path | None:
+    """The sparse model of a scene folder: sparse/0, sparse, the folder itself, or the first
+    other folder in sparse by name."""
+    sparse = folder / "sparse"
+    tries = [sparse / "0", sparse, folder]
+    if sparse.is_dir():
+        tries += [path for path in scene_files.entries(sparse) if path.is_dir()]
+    return next((path for path in tries if colmap.has_model(path)), None)
+
+
+def scene_root(model: pathlib.Path) -> pathlib.Path:
+    """The folder that holds the images of a model folder such as x/sparse/0."""
+    model = model.absolute()
+    if model.name == "sparse":
+        root = model.parent
+    elif model.parent.name == "sparse":
+        root = model.parent.parent
+    else:
+        root = model
+    # nerfstudio keeps the model in x/colmap/sparse/0 and the images in x/images.
+    if root.name == "colmap" and not any((root / name).is_dir() for name in IMAGE_FOLDERS):
+        root = root.parent
+    return root
+
+
+def read(model_folder: pathlib.Path, options: Options) -> Loaded:
+    """Reads a model and the images of its scene: images, else images_2, _4, _8, else input.
+
+    Intrinsics follow the stored images' size. Near and far come from the points where the model
+    has enough of them.
+    """
+    options.refuse("COLMAP", "rig")
+    model = colmap.read_model(model_folder)
+    root = scene_root(model_folder)
+    folder = options.image_folder
+    if folder is not None or any((root / name).is_dir() for name in IMAGE_FOLDERS):
+        found = array_formats.image_folder(root, folder, IMAGE_FOLDERS)
+        prefix = found.relative_to(root).as_posix() + "/"
+    else:
+        prefix = ""
+    posed, seen = [], {}
+    for image in model.images:
+        camera = model.cameras[image.camera]
+        lens = scene_formats.pixel_lens(camera.intrinsics, (camera.height, camera.width))
+        pose = scene_formats.invert(image.cam_from_world)
+        posed.append(Posed(prefix + image.name, pose, lens, camera.distortion))
+        seen[prefix + image.name] = image.seen
+    if not posed:
+        raise InputError(f"{model_folder}: the scene is empty: the model has no images.")
+    frames = scene_formats.build_frames(posed, root, model_folder, strict=options.strict)
+    names = [frame.path.relative_to(root).as_posix() for frame in frames]
+    observed = [seen.get(name, model.points[:0, 0].astype(int)) for name in names]
+    limits = depth_bounds.from_points(frames, model.points, observed)
+    if limits is None:
+        return Loaded(tuple(frames), "COLMAP", root)
+    frames = [
+        dataclasses.replace(frame, near=float(near), far=float(far))
+        for frame, (near, far) in zip(frames, limits, strict=True)
+    ]
+    return Loaded(tuple(frames), "COLMAP", root, depth_bounds.FROM_POINTS)

@@ -1,0 +1,161 @@
+"""Decoding one image to RGB float32 in [0, 1], and cutting and resizing it with its camera.
+
+A window is (top, left, height, width) in pixels of the stored image; height and width may be
+fractional. Resizing to h x w multiplies fx, cx by w / window width and fy, cy by
+h / window height, with nothing else to add because pixel centres lie at half-integers.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import (
+    Image,
+    TiffImagePlugin,  # noqa: F401  (importing registers the reader)
+    WebPImagePlugin,  # noqa: F401
+)
+
+from nvs_common.errors import InputError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+# A closed list: some of Pillow's readers start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
+MAX_PIXELS = 150_000_000
+_ORIENTATION = 0x0112
+
+
+class Window(NamedTuple):
+    """A rectangle of the stored image; pixels [left, left + width] x [top, top + height]."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+def is_image(path: pathlib.Path) -> bool:
+    """Whether the file's name ends like an image's."""
+    return path.suffix.lower() in EXTENSIONS
+
+
+def probe(path: pathlib.Path) -> tuple[int, int]:
+    """Rows and columns of a stored image, from its header alone.
+
+    Raises:
+      InputError: missing, empty, unreadable, not an image, too large, or turned by EXIF.
+    """
+    with _open(path) as image:
+        return image.height, image.width
+
+
+def decode(path: pathlib.Path) -> np.ndarray:
+    """An image as float32 [h, w, 3] in [0, 1].
+
+    Grey becomes RGB, 16-bit values are scaled by 65535, and straight alpha is composited on
+    white here, before any resampling, so that hidden colours never bleed into the edge.
+
+    Raises:
+      InputError: as `probe`, or the data ends early or is damaged, or holds other values.
+    """
+    with _open(path) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{path}: cannot be decoded ({error}); the file is damaged or cut short."
+            ) from error
+        return _to_rgb(image, path)
+
+
+def _open(path: pathlib.Path) -> Image.Image:
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: the image does not exist.")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the image file is empty (zero bytes); copy it again.")
+        image = Image.open(path, formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{path}: not an image of a known format {FORMATS}.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: the image cannot be read ({reason}).") from error
+    try:
+        _check(image, path)
+    except InputError:
+        image.close()
+        raise
+    return image
+
+
+def _check(image: Image.Image, path: pathlib.Path) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed."
+        )
+    # Asking a PNG without EXIF for its EXIF would decode it.
+    if "exif" in image.info or image.format == "TIFF":
+        turn = image.getexif().get(_ORIENTATION, 1)
+        if turn not in (0, 1):
+            raise InputError(
+                f"{path}: EXIF orientation {turn} turns the image away from its stored rows, and "
+                "cameras do not say which of the two they describe; rotate the pixels and drop "
+                "the tag."
+            )
+
+
+def _to_rgb(image: Image.Image, path: pathlib.Path) -> np.ndarray:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.float32) / 65535
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise InputError(f"{path}: holds {image.mode} values without a known range; save as PNG.")
+    # A palette or a plain RGB PNG can have one transparent colour.
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
+        return rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:])
+    return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def fit_window(window: Window, height: int, width: int) -> Window:
+    """The largest centred part of a window with the aspect of height x width.
+
+    The corner is a whole number of pixels from the window's, so that a crop without a change of
+    scale copies pixels.
+    """
+    scale = max(height / window.height, width / window.width)
+    # At least one stored pixel: a very long and thin request keeps a positive window.
+    rows, columns = max(height / scale, 1.0), max(width / scale, 1.0)
+    top, left = (window.height - rows) // 2, (window.width - columns) // 2
+    return Window(window.top + max(top, 0.0), window.left + max(left, 0.0), rows, columns)
+
+
+def fit_intrinsics(intrinsics: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:
+    """fx, fy, cx, cy [4] after cutting out the window and resizing it to height x width."""
+    corner = np.array([0.0, 0.0, window.left, window.top])
+    factor = np.array([width / window.width, height / window.height] * 2)
+    return (intrinsics - corner) * factor
+
+
+def resample(image: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:
+    """Cuts the window out of an image [*, *, 3] and resizes it to [h, w, 3], antialiased.
+
+    Lanczos with support that grows with the reduction, clipped to [0, 1] afterwards.
+    """
+    top, left = int(window.top), int(window.left)
+    if (window.height, window.width) == (height, width) and (top, left) == window[:2]:
+        return np.ascontiguousarray(image[top : top + height, left : left + width])
+    box = (
+        window.left,
+        window.top,
+        min(window.left + window.width, image.shape[1]),
+        min(window.top + window.height, image.shape[0]),
+    )
+    planes = [
+        Image.fromarray(np.ascontiguousarray(image[..., c], np.float32)).resize(
+            (width, height), Image.Resampling.LANCZOS, box=box
+        )
+        for c in range(3)
+    ]
+    return np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0.0, 1.0)

@@ -1,0 +1,212 @@
+"""Scenes described by JSON: transforms.json, opencv_cameras.json and Spaces' models.json.
+
+All three give pixel intrinsics with half-integer pixel centres; image paths are relative to the
+JSON file's folder.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from nvs_common.data import scene_files, scene_formats
+from nvs_common.data.distortion import Distortion
+from nvs_common.data.scene_formats import Loaded, Options, Posed
+from nvs_common.errors import InputError
+
+TRANSFORMS_SPLITS = ("transforms_train.json", "transforms_val.json", "transforms_test.json")
+# Spaces gives positions in metres; the published systems sweep 1 m to 100 m.
+SPACES_NEAR, SPACES_FAR = 1.0, 100.0
+_UNDISTORTED = ("PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE")
+_DISTORTED = ("OPENCV", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
+
+
+def read_any(path: pathlib.Path, options: Options) -> Loaded:
+    """Reads a JSON camera file of whichever of the three kinds its contents show."""
+    content = scene_files.read_json(path)
+    if isinstance(content, list) and content and isinstance(content[0], list):
+        return read_spaces(path, options)
+    first: Any = content
+    if isinstance(first, dict):
+        first = first.get("frames")
+    if not isinstance(first, list):
+        raise InputError(
+            f"{path}: not a camera file: expected a list or an object with `frames` (nerfstudio, "
+            "instant-ngp, Blender, opencv_cameras.json or Spaces)."
+        )
+    if isinstance(content, list) or (first and isinstance(first[0], dict) and "w2c" in first[0]):
+        return read_opencv(path, options)
+    return read_transforms([path], options)
+
+
+def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
+    """nerfstudio, instant-ngp and Blender transforms*.json; several are put together.
+
+    Poses are world_from_cam with OpenGL axes. Intrinsics at the top may be replaced by a
+    frame's own; `camera_angle_x` is used where there is no `fl_x`. Distortion k1..k4, p1, p2
+    as in nerfstudio (k3, k4 multiply r^6, r^8).
+    """
+    options.refuse("transforms.json", "rig")
+    frames = []
+    root = paths[0].parent
+    for path in paths:
+        content = scene_files.read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
+            raise InputError(f"{path}: expected an object with a list `frames`.")
+        posed = [
+            _transforms_frame(content, _entry(frame, path, i), path, options)
+            for i, frame in enumerate(content["frames"])
+        ]
+        frames += scene_formats.build_frames(posed, root, path, strict=options.strict)
+    return Loaded(tuple(frames), "transforms.json", root)
+
+
+def _transforms_frame(
+    shared: dict[str, Any], frame: dict[str, Any], path: pathlib.Path, options: Options
+) -> Posed:
+    name = _image(frame, "file_path", path)
+    where = f"{path}: frame {name!r}"
+    rows = frame.get("transform_matrix")
+    shape = (3, 4) if isinstance(rows, list) and len(rows) == 3 else (4, 4)
+    gl = scene_files.matrix(rows, shape, f"{where}: transform_matrix")
+    lens_keys = {**{k: v for k, v in shared.items() if k != "frames"}, **frame}
+    if options.image_folder is not None:
+        # PurePosixPath would keep a Windows path whole.
+        name = f"{options.image_folder}/{name.replace(chr(92), '/').rsplit('/', 1)[-1]}"
+    return Posed(
+        name,
+        gl @ scene_formats.OPENGL,
+        _transforms_lens(lens_keys, where),
+        _transforms_distortion(lens_keys, where),
+    )
+
+
+def _transforms_lens(keys: dict[str, Any], where: str) -> scene_formats.Lens:
+    def get(key: str) -> float | None:
+        return scene_files.number(keys[key], f"{where}: {key}") if key in keys else None
+
+    width, height = get("w"), get("h")
+    declared = None if width is None or height is None else (round(height), round(width))
+    fx, fy = get("fl_x"), get("fl_y")
+    if fx is None:
+        angle_x, angle_y = get("camera_angle_x"), get("camera_angle_y")
+        if angle_x is None:
+            raise InputError(f"{where}: neither fl_x nor camera_angle_x is given; add one.")
+        if not 0 < angle_x < np.pi or not 0 < (angle_y or angle_x) < np.pi:
+            raise InputError(f"{where}: camera_angle_x {angle_x:g}; expected 0 to pi radians.")
+        return scene_formats.view_angle_lens(angle_x, angle_y)
+    fy = fx if fy is None else fy
+    cx, cy = get("cx"), get("cy")
+
+    def lens(rows: int, columns: int) -> np.ndarray:
+        full_rows, full_columns = declared or (rows, columns)
+        centre = (full_columns / 2 if cx is None else cx, full_rows / 2 if cy is None else cy)
+        return scene_formats.pixel_lens(np.array([fx, fy, *centre]), declared)(rows, columns)
+
+    return lens
+
+
+def _transforms_distortion(keys: dict[str, Any], where: str) -> Distortion:
+    model = keys.get("camera_model", "OPENCV")
+    if model not in _UNDISTORTED + _DISTORTED:
+        raise InputError(
+            f"{where}: unknown camera_model {model!r}; expected one of {_UNDISTORTED + _DISTORTED}."
+        )
+    fisheye = model == "OPENCV_FISHEYE" or keys.get("is_fisheye") is True
+    if model in _UNDISTORTED and not fisheye:
+        return Distortion()
+    k1, k2, k3, k4, p1, p2 = (
+        scene_files.number(keys.get(key, 0.0), f"{where}: {key}")
+        for key in ("k1", "k2", "k3", "k4", "p1", "p2")
+    )
+    tangential = (0.0, 0.0) if fisheye else (p1, p2)
+    return Distortion((k1, k2, k3, k4), tangential=tangential, fisheye=fisheye)
+
+
+def read_opencv(path: pathlib.Path, options: Options) -> Loaded:
+    """opencv_cameras.json: a list of frames, or an object with `frames`.
+
+    Each frame has file_path, w2c (cam_from_world, OpenCV axes), fx, fy, cx, cy and w, h.
+    """
+    options.refuse("opencv_cameras.json", "rig", "image_folder")
+    content = scene_files.read_json(path)
+    frames = content.get("frames") if isinstance(content, dict) else content
+    if not isinstance(frames, list):
+        raise InputError(f"{path}: expected a list of frames or an object with `frames`.")
+    posed = [_opencv_frame(_entry(frame, path, i), path) for i, frame in enumerate(frames)]
+    built = scene_formats.build_frames(posed, path.parent, path, strict=options.strict)
+    return Loaded(tuple(built), "opencv_cameras.json", path.parent)
+
+
+def _opencv_frame(frame: dict[str, Any], path: pathlib.Path) -> Posed:
+    name = _image(frame, "file_path", path)
+    where = f"{path}: frame {name!r}"
+    pose = scene_files.matrix(frame.get("w2c"), (4, 4), f"{where}: w2c")
+    values = [
+        scene_files.number(frame.get(key), f"{where}: {key}")
+        for key in ("fx", "fy", "cx", "cy", "h", "w")
+    ]
+    declared = (round(values[4]), round(values[5]))
+    lens = scene_formats.pixel_lens(np.array(values[:4]), declared)
+    return Posed(name, scene_formats.invert(pose), lens)
+
+
+def read_spaces(path: pathlib.Path, options: Options) -> Loaded:
+    """Spaces' models.json: rig positions, each a list of cameras; `options.rig` chooses one.
+
+    The orientation is the axis-angle of cam_from_world, the position the centre in metres.
+    """
+    options.refuse("Spaces", "image_folder")
+    content = scene_files.read_json(path)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path}: the scene is empty: expected a list of rig positions.")
+    rig = options.rig or 0
+    if not 0 <= rig < len(content) or not isinstance(content[rig], list):
+        raise InputError(f"{path}: no rig position {rig}; the file holds {len(content)}.")
+    posed = [_spaces_frame(_entry(item, path, i), path) for i, item in enumerate(content[rig])]
+    built = scene_formats.build_frames(posed, path.parent, path, strict=options.strict)
+    bounds = "Spaces convention (1 m to 100 m)"
+    return Loaded(tuple(built), f"Spaces rig {rig}", path.parent, bounds, common_crop=True)
+
+
+def _spaces_frame(item: dict[str, Any], path: pathlib.Path) -> Posed:
+    name = _image(item, "relative_path", path)
+    where = f"{path}: frame {name!r}"
+    focal, aspect, width, height = (
+        scene_files.number(item.get(key), f"{where}: {key}")
+        for key in ("focal_length", "pixel_aspect_ratio", "width", "height")
+    )
+    cx, cy = scene_files.matrix(item.get("principal_point"), (2,), f"{where}: principal_point")
+    pose = np.eye(4)
+    turn = scene_files.matrix(item.get("orientation"), (3,), f"{where}: orientation")
+    pose[:3, :3] = rotation(turn).T
+    pose[:3, 3] = scene_files.matrix(item.get("position"), (3,), f"{where}: position")
+    lens = scene_formats.pixel_lens(
+        np.array([focal, focal * aspect, cx, cy]), (round(height), round(width))
+    )
+    return Posed(name, pose, lens, near=SPACES_NEAR, far=SPACES_FAR)
+
+
+def rotation(axis_angle: np.ndarray) -> np.ndarray:
+    """Rotation [3, 3] about axis_angle [3] by its length in radians (Rodrigues)."""
+    angle = np.linalg.norm(axis_angle)
+    if angle == 0:
+        return np.eye(3)
+    x, y, z = axis_angle / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
+def _entry(frame: Any, path: pathlib.Path, index: int) -> dict[str, Any]:
+    if not isinstance(frame, dict):
+        raise InputError(f"{path}: frame {index} is {type(frame).__name__}; expected an object.")
+    return frame
+
+
+def _image(frame: dict[str, Any], key: str, path: pathlib.Path) -> str:
+    name = frame.get(key)
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: a frame has {key} {name!r}; expected the path of its image.")
+    return name

@@ -1,0 +1,191 @@
+"""Reading files that nobody vouches for: bounded sizes, no code, no path out of the scene.
+
+Everything here raises `InputError` with one sentence that names the file, what was found and
+what to do; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from nvs_common.errors import InputError
+
+# A camera file of 100,000 frames is about 60 MB: these bounds are far above honest use.
+MAX_TEXT_BYTES = 512 * 2**20
+MAX_ARRAY_BYTES = 512 * 2**20
+MAX_BINARY_BYTES = 16 * 2**30
+MAX_FRAMES = 1_000_000
+
+
+def read_bytes(path: pathlib.Path, limit: int) -> bytes:
+    """Contents of a regular file of at most `limit` bytes; raises InputError."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file; check the path.")
+        size = path.stat().st_size
+        if size > limit:
+            raise InputError(f"{path}: {size} bytes, more than the {limit} allowed.")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check it.") from error
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A UTF-8 text file, with or without a byte-order mark; raises InputError."""
+    try:
+        return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Strict JSON: no NaN or Infinity, no duplicate keys, no deep nesting; raises InputError."""
+
+    def refuse_constant(name: str) -> Any:
+        raise ValueError(f"holds {name}, which is not a number in JSON")
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"holds {text}, which is too large for a number")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"holds the key {twice!r} twice in one object")
+        return result
+
+    text = read_text(path)
+    try:
+        return json.loads(
+            text, parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=unique
+        )
+    except RecursionError as error:
+        raise InputError(f"{path}: bad JSON: nested too deeply.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: bad JSON: {error}.") from error
+
+
+def parse_array(data: bytes, where: str) -> np.ndarray:
+    """An array in .npy format, whose header may claim no more than the bytes that follow it.
+
+    Args:
+      data: the file's contents.
+      where: file (and member) for the message.
+
+    Raises:
+      InputError: not .npy data, an object array (a pickle), or a header that lies.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            header = np.lib.format.read_array_header_1_0(stream)
+        else:
+            header = np.lib.format.read_array_header_2_0(stream)
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise InputError(f"{where}: not a NumPy array ({error}).") from error
+    shape, fortran, dtype = header
+    if dtype.hasobject or dtype.kind not in "fiub":
+        raise InputError(f"{where}: holds {dtype} values; expected numbers.")
+    size = math.prod(shape)
+    if min(shape, default=0) < 0 or size * dtype.itemsize != len(data) - stream.tell():
+        raise InputError(
+            f"{where}: the header says {shape} of {dtype} but {len(data) - stream.tell()} bytes "
+            "follow; the file is truncated or damaged."
+        )
+    array = np.frombuffer(data, dtype, size, stream.tell())
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def read_npy(path: pathlib.Path) -> np.ndarray:
+    """One array of numbers from a .npy file; raises InputError."""
+    return parse_array(read_bytes(path, MAX_ARRAY_BYTES), str(path))
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of numbers of an .npz file, unpacked to a bounded size; raises InputError."""
+    data = read_bytes(path, MAX_ARRAY_BYTES)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            total = sum(item.file_size for item in archive.infolist())
+            if total > MAX_ARRAY_BYTES:
+                raise InputError(f"{path}: unpacks to {total} bytes; at most {MAX_ARRAY_BYTES}.")
+            return {
+                name.removesuffix(".npy"): parse_array(archive.read(name), f"{path}: {name}")
+                for name in archive.namelist()
+            }
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a readable .npz archive ({error}).") from error
+
+
+def inside(root: pathlib.Path, relative: Any, where: str) -> pathlib.Path:
+    """Joins a path from a file to the scene's folder, refusing every way out of it.
+
+    Backslashes count as separators (files written on Windows).
+
+    Args:
+      root: the scene's folder.
+      relative: what the file says.
+      where: file and frame for the message.
+
+    Raises:
+      InputError: not a string, absolute, with `..`, or a link that leads outside.
+    """
+    if not isinstance(relative, str) or not relative or "\0" in relative:
+        raise InputError(f"{where}: image path {relative!r} is not a file name.")
+    parts = pathlib.PurePosixPath(relative.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or "://" in relative:
+        raise InputError(
+            f"{where}: path {relative!r} leaves the scene's folder; use paths relative to {root}."
+        )
+    path = root / parts
+    # A link anywhere on the way may lead out of the scene.
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([real, top]) != top:
+        raise InputError(
+            f"{where}: {relative!r} is a link out of the scene's folder; copy the file into {root}."
+        )
+    return path
+
+
+def entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What a folder holds, sorted by name; raises InputError where it cannot be listed."""
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); check it.") from error
+
+
+def number(value: Any, what: str) -> float:
+    """A finite number from JSON (no strings, no booleans); raises InputError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{what} is {_short(value)}; expected a number.")
+    if abs(value) > 1e300 or not math.isfinite(value):
+        raise InputError(f"{what} is {value}; expected a finite number.")
+    return float(value)
+
+
+def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """A float64 array of one given shape from JSON lists of numbers; raises InputError."""
+    if not shape:
+        return np.float64(number(value, what))  # type: ignore[return-value]
+    if not isinstance(value, list) or len(value) != shape[0]:
+        raise InputError(f"{what} is {_short(value)}; expected {shape} numbers.")
+    return np.array([matrix(row, shape[1:], what) for row in value], np.float64)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

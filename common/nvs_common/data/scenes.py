@@ -1,0 +1,172 @@
+"""Scene folders: one internal form for every layout.
+
+`load_scene(path)` reads nerfstudio, instant-ngp, Blender, COLMAP, opencv_cameras.json, LLFF,
+RealEstate10K, NeuS (DTU) and Spaces; `layouts` says how they are told apart. Cameras come out as
+float64 world_from_cam with OpenCV axes, pinhole intrinsics in pixels with half-integer pixel
+centres, and near and far z-depths, sorted by image name. Images are decoded when asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from nvs_common.data import depth_bounds, distortion, images, layouts
+from nvs_common.data.images import Window
+from nvs_common.data.scene_formats import Frame, Loaded, Options
+from nvs_common.errors import InputError
+from nvs_common.types import Cameras
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Posed images of one place; picklable, and light until images are asked for.
+
+    Attributes:
+      cameras: [n] NumPy float64, for images of this scene's size.
+      names: image paths relative to the deepest folder that holds them all.
+      source: the layout.
+      bounds: where near and far come from.
+      path: what was loaded.
+      frames: stored images and their cameras.
+      windows: the part of each stored image that becomes the view.
+    """
+
+    cameras: Cameras
+    names: tuple[str, ...]
+    source: str
+    bounds: str
+    path: pathlib.Path
+    frames: tuple[Frame, ...] = dataclasses.field(repr=False)
+    windows: tuple[Window, ...] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def images(self, indices: Sequence[int]) -> np.ndarray:
+        """Decodes images, undistorted and at the scene's size, float32 [k, h, w, 3] in [0, 1].
+
+        Args:
+          indices: k positions in `names`.
+
+        Raises:
+          InputError: an image cannot be decoded or is no longer the size it was.
+        """
+        height, width = self.cameras.height, self.cameras.width
+        result = np.empty((len(indices), height, width, 3), np.float32)
+        for k, i in enumerate(indices):
+            image = _stored_image(self.frames[i])
+            result[k] = images.resample(image, self.windows[i], height, width)
+        return result
+
+    def resized(self, height: int, width: int) -> Scene:
+        """The scene with images centre-cropped to an aspect and resized, antialiased.
+
+        Nothing is decoded; intrinsics follow. Applied again, it starts from this scene's view.
+        """
+        windows = [images.fit_window(window, height, width) for window in self.windows]
+        return _assemble(self, windows, height, width)
+
+
+def load_scene(
+    path: str | os.PathLike,
+    *,
+    size: tuple[int, int] | None = None,
+    strict: bool = True,
+    image_folder: str | None = None,
+    rig: int | None = None,
+) -> Scene:
+    """Loads a scene folder, a camera file, a COLMAP model folder or a RealEstate10K clip.
+
+    Every image is looked at (its header only), so a missing or empty one is found here.
+
+    Args:
+      path: the folder; or one camera file where a folder holds several (see `layouts`).
+      size: (height, width) to have the scene `resized` to. Without it all stored images must
+        have one size, except for Spaces, whose images are centre-cropped to the common size.
+      strict: False leaves frames out whose image is missing, with one counted warning.
+      image_folder: which copy of the images to use, such as "images_4" (intrinsics follow).
+      rig: which rig position of a Spaces scene; the first by default.
+
+    Raises:
+      InputError: one sentence that names the file, the frame and the reason.
+    """
+    path = pathlib.Path(path)
+    options = Options(strict=strict, image_folder=image_folder, rig=rig)
+    loaded = layouts.recognise(path)(options)
+    scene = _scene(loaded, path, size)
+    return scene if size is None else scene.resized(*size)
+
+
+def find_scenes(path: str | os.PathLike) -> list[pathlib.Path]:
+    """Paths for `load_scene` of all scenes directly inside a folder, sorted by name.
+
+    Raises:
+      InputError: the folder is not there or holds no scene.
+    """
+    return layouts.find(pathlib.Path(path))
+
+
+def _scene(loaded: Loaded, path: pathlib.Path, size: tuple[int, int] | None) -> Scene:
+    frames, names = _sorted(loaded)
+    height, width = frames[0].height, frames[0].width
+    if loaded.common_crop:
+        height = min(frame.height for frame in frames)
+        width = min(frame.width for frame in frames)
+    windows = []
+    for frame, name in zip(frames, names, strict=True):
+        if (frame.height, frame.width) == (height, width) or size is not None:
+            windows.append(Window(0, 0, frame.height, frame.width))
+        elif loaded.common_crop:
+            top, left = (frame.height - height) // 2, (frame.width - width) // 2
+            windows.append(Window(top, left, height, width))
+        else:
+            raise InputError(
+                f"{path}: frame {name!r} is {frame.width} x {frame.height} but {names[0]!r} is "
+                f"{width} x {height}; pass size=(height, width) to bring them to one size."
+            )
+    bounds, near_far = loaded.bounds, np.array([[frame.near, frame.far] for frame in frames])
+    if bounds is None:
+        near_far, bounds = depth_bounds.from_cameras(frames)
+    poses = np.stack([frame.world_from_cam for frame in frames])
+    near, far = near_far.astype(np.float64).T
+    cameras = Cameras(poses, np.zeros((len(frames), 4)), near, far, height, width)
+    scene = Scene(cameras, names, loaded.source, bounds, path, frames, tuple(windows))
+    return _assemble(scene, windows, height, width)
+
+
+def _assemble(scene: Scene, windows: Sequence[Window], height: int, width: int) -> Scene:
+    if height < 1 or width < 1:
+        raise InputError(f"{scene.path}: size {height} x {width}; expected at least 1 x 1.")
+    intrinsics = [
+        images.fit_intrinsics(frame.intrinsics, window, height, width)
+        for frame, window in zip(scene.frames, windows, strict=True)
+    ]
+    cameras = scene.cameras.replace(intrinsics=np.stack(intrinsics), height=height, width=width)
+    return dataclasses.replace(scene, cameras=cameras, windows=tuple(windows))
+
+
+def _sorted(loaded: Loaded) -> tuple[tuple[Frame, ...], tuple[str, ...]]:
+    """Frames by name; RealEstate10K keeps the order of its timestamps, which are numbers."""
+    folders = [frame.path.parent for frame in loaded.frames]
+    common = pathlib.Path(os.path.commonpath(folders))
+    named = [(frame.path.relative_to(common).as_posix(), frame) for frame in loaded.frames]
+    if loaded.source != "RealEstate10K":
+        named.sort(key=lambda item: item[0])
+    return tuple(frame for _, frame in named), tuple(name for name, _ in named)
+
+
+def _stored_image(frame: Frame) -> np.ndarray:
+    image = images.decode(frame.path)
+    if image.shape[:2] != (frame.height, frame.width):
+        raise InputError(
+            f"{frame.path}: the image is {image.shape[1]} x {image.shape[0]} but was "
+            f"{frame.width} x {frame.height} when the scene was loaded; load the scene again."
+        )
+    if frame.distortion.is_pinhole:
+        return image
+    return distortion.undistort(image, frame.distortion, frame.stored, frame.intrinsics)
