@@ -10,22 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
-from nvs_common import errors
+from nvs_common import errors, runs
 from nvs_common.types import Array
 
 SCHEDULES = ("cosine", "constant", "warmup_hold_cosine")
 
 
-def make(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make(config: runs.Config) -> optax.GradientTransformation:
     """The chain: clip by global norm, Adam, weight decay (matrices only), learning rate.
 
     Raises:
       InputError: an unknown schedule, or lengths that do not fit into num_steps.
     """
-    optim: Any = config.optim
+    optim = config.optim
     adam = optax.adamw(
         schedule(config),
         b1=optim.b1,
@@ -38,7 +37,7 @@ def make(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adam)
 
 
-def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+def schedule(config: runs.Config) -> optax.Schedule:
     """The learning rate as a function of the number of updates made.
 
     Every schedule rises linearly from 0 over `warmup_steps`. Then "constant" stays, "cosine"
@@ -47,8 +46,7 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     Raises:
       InputError: an unknown schedule, or lengths that do not fit into num_steps.
     """
-    optim: Any = config.optim
-    steps: Any = config.num_steps
+    optim, steps = config.optim, config.num_steps
     peak, warmup, decay = optim.learning_rate, optim.warmup_steps, optim.decay_steps
     if optim.schedule not in SCHEDULES:
         raise errors.InputError(

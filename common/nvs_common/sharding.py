@@ -53,7 +53,7 @@ REPLICATE_BELOW = 2**16
 _RULES: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("axis_rules", default=None)
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh over (data, fsdp, tensor, context), every axis of type Auto.
 
     Args:

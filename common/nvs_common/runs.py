@@ -1,0 +1,180 @@
+"""What a run writes about itself: `config.json` (resolved) and `run.json` (software, machine).
+
+A workdir belongs to one config. Fields that only say how long, how often or on which machine
+(OPERATIONAL) may change between sessions of a run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import ml_collections
+
+from nvs_common import errors
+
+# An ml_collections.ConfigDict; its fields have no static types.
+Config: TypeAlias = Any
+
+OPERATIONAL = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped",
+    "stop_after_minutes",
+    "profile",
+    "mesh.",
+    "eval.",
+    "data.workers",
+)
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "viewsynth-jax",
+)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved config as JSON values (tuples become lists).
+
+    Raises:
+      InputError: a field holds something that JSON cannot hold.
+    """
+    plain = config.copy_and_resolve_references().to_dict()
+    try:
+        return json.loads(json.dumps(plain))
+    except TypeError as e:
+        raise errors.InputError(f"the config holds a value that is not plain data: {e}.") from e
+
+
+def from_json(value: Mapping[str, Any]) -> Config:
+    """The config again; lists become tuples."""
+    return ml_collections.ConfigDict(_tuples(value))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {"optim.b1": 0.9, ...}."""
+    flat = {}
+    for name, field in value.items():
+        if isinstance(field, Mapping):
+            flat |= flatten(field, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = field
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Phrases "field: old -> new" for fields that change what is trained."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{name}: {a.get(name, 'absent')} -> {b.get(name, 'absent')}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name) and not name.startswith(OPERATIONAL)
+    ]
+
+
+def check_workdir(workdir: str | pathlib.Path, config: Config) -> None:
+    """Refuses a workdir that holds a run of another config.
+
+    Raises:
+      InputError: names the fields that differ, or a config.json that cannot be read.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as e:
+        raise errors.InputError(f"{path}: not JSON ({e}); use another --workdir.") from e
+    changed = differences(old, to_json(config))
+    if changed:
+        raise errors.InputError(
+            f"{workdir} holds a run of another config ({'; '.join(changed)}); use another "
+            "--workdir, or --accept_changes to go on from its checkpoint with the new config."
+        )
+
+
+def write_session(
+    workdir: pathlib.Path, config: Config, mesh: jax.sharding.Mesh, step: int
+) -> None:
+    """Writes config.json and adds this session to run.json.
+
+    Args:
+      workdir: folder of the run.
+      config: the config of this session.
+      mesh: the mesh it trains on.
+      step: the step it starts from.
+    """
+    path = workdir / "run.json"
+    sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+    device = mesh.devices.flat[0]
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "start_step": step,
+        "seed": config.seed,
+        "command": sys.argv,
+        "mesh": dict(mesh.shape),
+        "devices": mesh.size,
+        "device_kind": device.device_kind,
+        "platform": device.platform,
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "git": _git(),
+        "environment": {
+            k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+        },
+    }
+    write_text(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    write_text(path, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _tuples(field) for name, field in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(field) for field in value)
+    return value
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout this file lies in, and whether it was changed; None elsewhere."""
+    here = pathlib.Path(__file__).resolve().parent
+
+    def ask(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(ask("status", "--porcelain").stdout)}
