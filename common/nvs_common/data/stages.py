@@ -1,0 +1,266 @@
+"""Composes procedural scenes: what surrounds them, what stands where, light, and a viewpoint.
+
+World z is up, lengths are metres (a desk is a room seen from close by). Everything is a function
+of one NumPy generator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from nvs_common.data import raycast, rigs, scenery, shading, textures
+from nvs_common.data.raycast import BOX, QUAD, Rays, Solids, Surround
+from nvs_common.data.shading import Lights, Sky, Stage
+
+ROOM, DESK, STREET, FIELD, CLUTTER = "room", "desk", "street", "field", "clutter"
+KINDS = (ROOM, DESK, STREET, FIELD, CLUTTER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A furnished scene before cameras and light are set.
+
+    Attributes:
+      builder: solids and materials so far.
+      surround: what is behind them.
+      stand: where the photographer stands.
+    """
+
+    builder: scenery.Builder
+    surround: Surround
+    stand: rigs.Stand
+
+
+def furnish(rng: np.random.Generator, kind: str) -> Plan:
+    """Draws the contents of a scene of one of KINDS."""
+    make = {ROOM: _room, DESK: _desk, STREET: _street, FIELD: _field, CLUTTER: _clutter}
+    return make[kind](scenery.Builder(rng), rng)
+
+
+def clear(
+    solids: Solids, group: np.ndarray, centres: np.ndarray, margin: float
+) -> tuple[Solids, np.ndarray]:
+    """Takes out every thing that comes within margin of a camera centre [n, 3]."""
+    close = (scenery.distances(solids, centres) < margin).any(axis=1)
+    keep = ~np.isin(group, group[close])
+    return solids.take(keep), group[keep]
+
+
+def illuminate(rng: np.random.Generator, plan: Plan, solids: Solids) -> tuple[Lights, Sky]:
+    """Draws light and sky, and casts the shadows of the solids."""
+    warm = np.array([1.0, 0.86, 0.68])
+    if plan.surround.kind == "open":
+        azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 1.2)
+        way = np.array([np.cos(azimuth), np.sin(azimuth), np.tan(height)])
+        overcast = rng.random() < 0.25
+        power = rng.uniform(0.1, 0.4) if overcast else rng.uniform(1.2, 3.0)
+        target = np.append(plan.stand.target[:2], 0)
+        radius = 0.5 * np.linalg.norm(target - plan.stand.eye) + 9
+        rays = _spot(target + way / np.linalg.norm(way) * 300, target, radius / 300)
+        tint = 1 + (warm - 1) * rng.uniform(0.1, 0.8)
+        lights = [(rays, power * tint, np.inf)]
+        blue = np.array([0.7, 0.85, 1.0])
+        above = rng.uniform(0.5, 0.9) * blue
+        below = rng.uniform(0.15, 0.4) * warm
+    else:
+        low, high = plan.surround.low, plan.surround.high
+        lights = []
+        for _ in range(int(rng.integers(1, 3))):
+            place = low + (high - low) * [*rng.uniform(0.15, 0.85, 2), 0.96]
+            rays = _spot(place, np.append(place[:2] + rng.normal(0, 0.5, 2), low[2]), 2.2)
+            power = rng.uniform(0.6, 2.0)
+            reach = rng.uniform(0.5, 1.5) * (high[2] - low[2])
+            lights.append((rays, power * (1 + (warm - 1) * rng.uniform(0, 1)), reach))
+        tint = 1 + (warm - 1) * rng.uniform(0, 0.6)
+        above, below = rng.uniform(0.3, 0.6) * tint, rng.uniform(0.2, 0.45) * tint
+    sky = _sky(rng, np.stack([below, above]))
+    rays = _stack([light[0] for light in lights])
+    maps = shading.cast_shadows(solids, rays)
+    colors, reach = np.array([c for _, c, _ in lights]), np.array([r for _, _, r in lights])
+    return Lights(rays, colors, reach, maps), sky
+
+
+def _spot(eye: np.ndarray, target: np.ndarray, spread: float) -> Rays:
+    """Rays of a light that looks at target; spread is the tangent of half its cone."""
+    size = shading.SHADOW_SIZE
+    eye = eye + [1e-3, 2e-3, 0]
+    k = np.array([size / 2 / spread, size / 2 / spread, size / 2, size / 2])
+    return raycast.pinhole_rays(rigs.look_at(eye, target)[None], k[None], size, size)
+
+
+def _stack(parts: list[Rays]) -> Rays:
+    names = [f.name for f in dataclasses.fields(Rays)][:-2]
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
+    return Rays(*columns, parts[0].height, parts[0].width)
+
+
+def _sky(rng: np.random.Generator, ambient: np.ndarray) -> Sky:
+    bright = rng.uniform(0.7, 1.6)
+    blue = np.array([0.10, 0.25, 0.65]) * rng.uniform(0.6, 1.4, 3)
+    grey = np.full(3, 0.7)
+    dull = rng.beta(0.6, 1.2)
+    zenith = bright * (blue + dull * (grey - blue))
+    horizon = bright * np.array([0.62, 0.75, 0.88]) * rng.uniform(0.85, 1.15, 3)
+    hill = np.array([0.06, 0.08, 0.04]) * rng.uniform(0.4, 2.0, 3)
+    source = textures.atlas()
+    rows = np.array([rng.choice(source.find("fractal")), rng.choice(source.find("foliage"))])
+    cloud = np.full(3, bright * rng.uniform(0.8, 1.2))
+    cover, skyline = rng.uniform(0.1, 0.7), rng.uniform(0.01, 0.12)
+    return Sky(zenith, horizon, cloud, hill, ambient, cover, skyline, rows)
+
+
+_INDOOR = (
+    scenery.crate, scenery.crate, scenery.ball, scenery.vessel, scenery.table, scenery.table,
+    scenery.shelf, scenery.shelf, scenery.plant, scenery.lamp, scenery.panel, scenery.papers,
+    scenery.fence,
+)  # fmt: skip
+_DESKTOP = (
+    scenery.crate, scenery.crate, scenery.ball, scenery.vessel, scenery.vessel, scenery.vessel,
+    scenery.papers, scenery.papers, scenery.plant, scenery.panel, scenery.lamp, scenery.fence,
+)  # fmt: skip
+_OUTDOOR = (
+    scenery.crate, scenery.ball, scenery.plant, scenery.plant, scenery.fence, scenery.lamp,
+    scenery.panel, scenery.tree, scenery.tree, scenery.vessel,
+)  # fmt: skip
+
+
+def _place(b: scenery.Builder, things, at, size: float) -> None:
+    b.begin()
+    things[b.rng.integers(len(things))](b, at, size)
+
+
+def _walls(b: scenery.Builder, rng, low, high) -> Surround:
+    wall = b.material("plain", "fractal", "brick", "stripes", "marble", size=rng.uniform(0.8, 3))
+    other = b.material("plain", "fractal", "wood", "cells", size=rng.uniform(0.8, 3))
+    floor = b.material("wood", "cells", "checks", "cloth", "marble", size=rng.uniform(0.6, 2.5))
+    white = rng.uniform(0.6, 0.9) * np.ones(3)
+    ceiling = b.material("plain", size=2.0, base=white)
+    sides = [wall, wall if rng.random() < 0.7 else other, wall, other, floor, ceiling]
+    for axis in (0, 1):
+        for end in (low, high):
+            for _ in range(int(rng.integers(1, 5))):
+                _hang(b, rng, low, high, axis, end[axis])
+    return Surround("room", low, high, np.array(sides))
+
+
+def _hang(b: scenery.Builder, rng, low, high, axis: int, wall: float) -> None:
+    """A picture, window, door or cupboard on a wall."""
+    b.begin()
+    other = 1 - axis
+    span = high[other] - low[other]
+    half = np.array([rng.uniform(0.04, 0.14) * span, rng.uniform(0.1, 0.25) * (high[2] - low[2])])
+    middle = np.zeros(3)
+    middle[axis] = wall
+    middle[other] = low[other] + span * rng.uniform(0.15, 0.85)
+    middle[2] = low[2] + (high[2] - low[2]) * rng.uniform(0.35, 0.75)
+    thick = np.exp(rng.uniform(np.log(0.01), np.log(0.25)))
+    extent = np.zeros(3)
+    extent[[axis, other, 2]] = thick, *half
+    bright = rng.choice([0.0, 0.8], p=[0.8, 0.2])
+    look = b.material(
+        "picture", "leaves", "print", "spines", "plain", size=2 * half.max(), glow=bright
+    )
+    if rng.random() < 0.6:
+        b.add(BOX, middle, extent * 1.01, None, b.material("plain", "wood"))
+        extent[[other, 2]] *= 0.88
+        extent[axis] += 0.01
+    b.add(BOX, middle, extent, None, look)
+
+
+def _room(b: scenery.Builder, rng) -> Plan:
+    half = rng.uniform([1.8, 2.2], [3.5, 4.5])
+    low, high = np.array([*-half, 0]), np.array([*half, rng.uniform(2.3, 3.2)])
+    surround = _walls(b, rng, low, high)
+    for _ in range(int(rng.integers(8, 17))):
+        spot = np.array([*rng.uniform(-0.9, 0.9, 2) * half, 0])
+        _place(b, _INDOOR, spot, rng.uniform(0.5, 1.5))
+    if rng.random() < 0.6:
+        b.begin()
+        rug = b.material("cloth", "stripes", "leaves", "checks", size=1.5)
+        b.add(QUAD, [0, 0, 0.004], rng.uniform(0.6, 1.6, 2), scenery.yaw(rng.uniform(0, 3)), rug)
+    eye = np.array([*rng.uniform(-0.5, 0.5) * half[:1], -half[1] * 0.6, rng.uniform(1.0, 1.8)])
+    target = np.array([rng.normal(0, 0.3) * half[0], half[1] * 0.4, rng.uniform(0.5, 1.3)])
+    return Plan(b, surround, rigs.Stand(eye, target, low + 0.25, high - 0.25))
+
+
+def _desk(b: scenery.Builder, rng) -> Plan:
+    low = np.array([*-rng.uniform(1.2, 3, 2), -0.75])
+    high = np.array([rng.uniform(1.2, 3), rng.uniform(0.8, 2.5), rng.uniform(1.4, 2.2)])
+    surround = _walls(b, rng, low, high)
+    b.begin()
+    top = b.material("wood", "plain", "cloth", "marble", size=rng.uniform(0.5, 2))
+    b.add(BOX, [0, 0.15, -0.03], (0.95, 0.6, 0.03), None, top)
+    if rng.random() < 0.6:
+        # What stands at the back of a desk: a screen, a partition, a shelf.
+        b.begin()
+        b.add(
+            BOX,
+            [rng.normal(0, 0.3), 0.74, 0.3],
+            (rng.uniform(0.3, 0.9), 0.02, rng.uniform(0.2, 0.5)),
+        )
+    for _ in range(int(rng.integers(10, 24))):
+        spot = np.array([rng.uniform(-0.85, 0.85), rng.uniform(-0.4, 0.7), 0])
+        _place(b, _DESKTOP, spot, rng.uniform(0.08, 0.4))
+    for _ in range(int(rng.integers(0, 5))):
+        spot = np.array([*(low + (high - low) * rng.uniform(0.1, 0.9, 3))[:2], low[2]])
+        _place(b, _INDOOR, spot, rng.uniform(0.5, 1.2))
+    eye = np.array([rng.uniform(-0.5, 0.5), -rng.uniform(0.55, 1.0), rng.uniform(0.15, 0.8)])
+    target = np.array([rng.normal(0, 0.2), rng.uniform(0, 0.5), rng.uniform(0, 0.15)])
+    return Plan(b, surround, rigs.Stand(eye, target, low + 0.1, high - 0.1))
+
+
+def _outside(b: scenery.Builder, rng) -> Surround:
+    radius = np.exp(rng.uniform(np.log(35), np.log(120)))
+    ground = b.material("cells", "brick", "fractal", "foliage", "leaves", size=rng.uniform(1, 5))
+    sides = np.array([ground, ground, 0, 0, 0, 0])
+    return Surround("open", np.full(3, -radius), np.full(3, radius), sides)
+
+
+def _street(b: scenery.Builder, rng) -> Plan:
+    surround = _outside(b, rng)
+    wide = rng.uniform(3, 7)
+    for side in (-1, 1):
+        y = rng.uniform(-4, 4)
+        while y < 32:
+            size = rng.uniform(3, 6)
+            b.begin()
+            scenery.house(b, [side * (wide + size * 0.95), y, 0], size)
+            y += size * rng.uniform(1.7, 2.6)
+    for _ in range(int(rng.integers(8, 20))):
+        side = rng.choice([-1, 1])
+        spot = np.array([side * wide * rng.uniform(0.3, 1.0), rng.uniform(1, 28), 0])
+        _place(b, _OUTDOOR, spot, rng.uniform(0.6, 2.5))
+    eye = np.array([rng.uniform(-0.4, 0.4) * wide, rng.uniform(-4, 0), rng.uniform(1.3, 2.2)])
+    target = np.array([rng.normal(0, 0.5) * wide, rng.uniform(8, 15), rng.uniform(0.8, 2.2)])
+    return Plan(b, surround, rigs.Stand(eye, target, np.array([-50, -50, 0.5]), np.full(3, 50.0)))
+
+
+def _field(b: scenery.Builder, rng) -> Plan:
+    surround = _outside(b, rng)
+    for _ in range(int(rng.integers(12, 28))):
+        ahead = np.exp(rng.uniform(np.log(1.2), np.log(18)))
+        spot = np.array([rng.uniform(-0.9, 0.9) * (ahead + 1), ahead, 0])
+        _place(b, _OUTDOOR, spot, rng.uniform(0.3, 0.5 + 0.25 * ahead))
+    for _ in range(int(rng.integers(0, 4))):
+        spot = np.array([rng.uniform(-15, 15), rng.uniform(12, 28), 0])
+        b.begin()
+        scenery.house(b, spot, rng.uniform(3, 5))
+    eye = np.array([0, -rng.uniform(0.5, 2), rng.uniform(0.6, 2.0)])
+    target = np.array([rng.normal(0, 0.5), rng.uniform(2, 6), rng.uniform(0.2, 1.2)])
+    return Plan(b, surround, rigs.Stand(eye, target, np.array([-50, -50, 0.2]), np.full(3, 50.0)))
+
+
+def _clutter(b: scenery.Builder, rng) -> Plan:
+    half = rng.uniform([2, 3, 1.5], [5, 7, 3])
+    low, high = -half, half
+    surround = _walls(b, rng, low, high)
+    eye = np.array([0, -0.8 * half[1], 0]) + rng.normal(0, 0.2, 3)
+    for _ in range(int(rng.integers(15, 40))):
+        ahead = np.exp(rng.uniform(np.log(0.6), np.log(2 * half[1])))
+        spot = eye + [*(rng.uniform(-0.8, 0.8, 2) * ahead), ahead]
+        spot = np.array([spot[0], eye[1] + ahead, eye[2] + rng.uniform(-0.6, 0.6) * ahead])
+        _place(b, (scenery.shard, scenery.shard, *_INDOOR), spot, ahead * rng.uniform(0.1, 0.4))
+    target = eye + [rng.normal(0, 0.2), half[1], rng.normal(0, 0.2)]
+    return Plan(b, surround, rigs.Stand(eye, target, low + 0.2, high - 0.2))
