@@ -78,7 +78,7 @@ def test_leading_axes_are_images():
     pairs = [_pair(seed) for seed in range(6)]
     pred = np.stack([p for p, _ in pairs]).reshape(2, 3, 24, 31, 3)
     truth = np.stack([t for _, t in pairs]).reshape(2, 3, 24, 31, 3)
-    for function in (metrics.psnr, metrics.ssim, losses.l1, losses.l2, losses.charbonnier):
+    for function in (metrics.psnr, metrics.ssim):
         together = function(pred, truth)
         assert together.shape == (2, 3)
         alone = function(pred[1, 2], truth[1, 2])
@@ -101,6 +101,15 @@ def test_losses_equal_numpy_in_float64():
     np.testing.assert_allclose(losses.l2(pred, truth), (difference**2).mean(), rtol=1e-6)
     expected = np.sqrt(difference**2 + 0.05**2).mean()
     np.testing.assert_allclose(losses.charbonnier(pred, truth, 0.05), expected, rtol=1e-6)
+
+
+def test_losses_are_the_mean_over_all_leading_axes():
+    pairs = [_pair(seed) for seed in range(4)]
+    pred = np.stack([p for p, _ in pairs]).reshape(2, 2, 24, 31, 3)
+    truth = np.stack([t for _, t in pairs]).reshape(2, 2, 24, 31, 3)
+    for function in (losses.l1, losses.l2, losses.charbonnier):
+        expected = np.mean([function(p, t) for p, t in pairs])
+        np.testing.assert_allclose(function(pred, truth), expected, rtol=1e-5)
 
 
 def test_losses_are_float32_whatever_the_prediction():

@@ -1,7 +1,7 @@
-"""Reconstruction losses: one value per image, in float32.
+"""Reconstruction losses: float32 scalars, the mean over all elements.
 
-Arrays are predictions and truths [..., h, w, c]; every function averages over the last three
-axes and returns [...], so that the caller decides how to weigh images.
+Predictions and truths are [..., h, w, c] with any leading axes. What is reported per image is in
+`metrics`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import jax.numpy as jnp
 
 from nvs_common.types import Array
 
-_IMAGE_AXES = (-3, -2, -1)
-
 
 def l1(pred: Array, truth: Array) -> Array:
-    """Mean absolute difference of images [..., h, w, c], per image [...]."""
-    return jnp.mean(jnp.abs(_difference(pred, truth)), axis=_IMAGE_AXES)
+    """Mean absolute difference of images [..., h, w, c]; a scalar."""
+    return jnp.mean(jnp.abs(_difference(pred, truth)))
 
 
 def l2(pred: Array, truth: Array) -> Array:
-    """Mean squared difference of images [..., h, w, c], per image [...]."""
-    return jnp.mean(jnp.square(_difference(pred, truth)), axis=_IMAGE_AXES)
+    """Mean squared difference of images [..., h, w, c]; a scalar."""
+    return jnp.mean(jnp.square(_difference(pred, truth)))
 
 
 def charbonnier(pred: Array, truth: Array, epsilon: float = 1e-3) -> Array:
-    """Mean of sqrt(difference^2 + epsilon^2), a smooth L1, per image [...].
+    """Mean of sqrt(difference^2 + epsilon^2), a smooth L1; a scalar.
 
     Args:
       pred: [..., h, w, c].
@@ -34,7 +32,7 @@ def charbonnier(pred: Array, truth: Array, epsilon: float = 1e-3) -> Array:
         epsilon, not zero.
     """
     difference = _difference(pred, truth)
-    return jnp.mean(jnp.sqrt(jnp.square(difference) + epsilon**2), axis=_IMAGE_AXES)
+    return jnp.mean(jnp.sqrt(jnp.square(difference) + epsilon**2))
 
 
 def _difference(pred: Array, truth: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvs_common import losses, perceptual
+from nvs_common import perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array
 
@@ -35,7 +35,8 @@ def psnr(pred: Array, truth: Array) -> Array:
     Both images [..., h, w, 3] are clamped to [0, 1] first, as published evaluations do.
     """
     chex.assert_equal_shape([pred, truth])
-    mse = losses.l2(jnp.clip(pred, 0.0, 1.0), jnp.clip(truth, 0.0, 1.0))
+    pred, truth = (jnp.clip(jnp.asarray(x, jnp.float32), 0.0, 1.0) for x in (pred, truth))
+    mse = jnp.mean(jnp.square(pred - truth), axis=(-3, -2, -1))
     return -10.0 * jnp.log10(jnp.maximum(mse, MIN_MSE))
 
 
