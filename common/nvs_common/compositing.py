@@ -39,7 +39,7 @@ def over(colors: Array, alphas: Array) -> Array:
       [..., c], premultiplied by the accumulated alpha.
     """
     chex.assert_equal_shape([colors[..., 0], alphas])
-    return jnp.sum(over_weights(alphas)[..., None] * colors, axis=0)
+    return jnp.einsum("l...,l...c->...c", over_weights(alphas), colors)
 
 
 def accumulated(alphas: Array) -> Array:

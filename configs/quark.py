@@ -1,0 +1,149 @@
+"""Quark: `tiny` (a laptop's CPU), `quark` and `quark_plus` (the paper's sizes).
+
+    python launch/train.py --config=configs/quark.py:tiny --workdir=runs/tiny
+
+Variants are joined with commas: an ablation of the paper's Tab. 4 after the size, for example
+`configs/quark.py:tiny,no_ray_encoding`. ABLATIONS lists them.
+"""
+
+from ml_collections import ConfigDict
+
+# (level, blocks, heads, convs, collapse): the initialisation, then update and fuse 0 to 4.
+PAPER_STAGES = (
+    (3, 3, 4, 2, False),
+    (3, 3, 4, 2, False),
+    (2, 3, 4, 2, False),
+    (2, 2, 4, 1, False),
+    (1, 2, 2, 1, True),
+    (0, 2, 1, 1, True),
+)
+TINY_STAGES = (
+    (3, 2, 4, 1, False),
+    (3, 2, 4, 1, False),
+    (2, 2, 4, 1, False),
+    (1, 1, 2, 1, True),
+    (0, 1, 1, 1, True),
+)
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """Builds a configuration from a size and, after commas, ablations."""
+    size, *ablations = arg.split(",")
+    config = {"tiny": _tiny, "quark": _quark, "quark_plus": _quark_plus}[size]()
+    for name in ablations:
+        ABLATIONS[name](config)
+    return config
+
+
+def _base() -> ConfigDict:
+    """Everything the sizes share: the paper's training where it is published."""
+    return ConfigDict(
+        dict(
+            system="quark",
+            seed=0,
+            num_steps=600_000,
+            batch_size=16,
+            accumulate=1,
+            log_every=50,
+            eval_every=5_000,
+            checkpoint_every=5_000,
+            keep_checkpoints=3,
+            ema=0.999,
+            max_skipped=20,
+            stop_after_minutes=0.0,
+            profile=(0, 0),
+            optim=dict(
+                learning_rate=1.5e-4,
+                warmup_steps=20_000,
+                schedule="warmup_hold_cosine",
+                decay_steps=60_000,
+                b1=0.9,
+                b2=0.999,
+                weight_decay=0.0,
+                clip_norm=1.0,
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1, context=1),
+            data=dict(
+                source="procedural",
+                height=288,
+                width=512,
+                num_context=8,
+                num_target=1,
+                nearest=16,
+                num_scenes=100_000,
+                views_per_scene=24,
+                workers=8,
+                max_bad_scenes=0,
+            ),
+            eval=dict(num_scenes=8),
+            model=dict(
+                grid_area=288 * 512,
+                layers=6,
+                channels=32,
+                stages=PAPER_STAGES,
+                encoder_blocks=(2, 2, 2, 2),
+                update_blocks=2,
+                appearance_channels=16,
+                octaves=8,
+                density_bias=-2.0,
+                folded_attention=True,
+                ray_encoding=True,
+                render_and_refine=True,
+                cross_attention=True,
+                output="blend",
+                mask_invalid=True,
+                normalize_splat=False,
+                opaque_background=False,
+                dtype="float32",
+            ),
+            # Perceptual weights are the user's own file; without them the loss is L1 alone.
+            loss=dict(l1_weight=10.0, lpips_weight=1.0, lpips_weights="", temporal_weight=0.0),
+        )
+    )
+
+
+def _quark() -> ConfigDict:
+    return _base()
+
+
+def _quark_plus() -> ConfigDict:
+    config = _base()
+    config.model.update(grid_area=432 * 768, layers=8)
+    config.data.update(height=432, width=768)
+    return config
+
+
+def _tiny() -> ConfigDict:
+    """Learns in minutes on two CPU cores."""
+    config = _base()
+    config.update(num_steps=1_500, batch_size=2, log_every=25, eval_every=500)
+    config.update(checkpoint_every=500, ema=0.99)
+    config.optim.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine")
+    config.data.update(height=64, width=112, num_context=4, num_target=2, nearest=6)
+    config.data.update(views_per_scene=10, workers=1)
+    config.model.update(grid_area=32 * 56, layers=4, channels=16, stages=TINY_STAGES)
+    config.model.update(encoder_blocks=(1, 1, 1, 1), update_blocks=1, appearance_channels=8)
+    return config
+
+
+def _fewer_iterations(config: ConfigDict) -> None:
+    """Drops update and fuse 0 and 1 and starts at twice the resolution."""
+    first, _, _, *rest = config.model.stages
+    config.model.stages = ((first[0] - 1, *first[1:]), *rest)
+
+
+def _no_collapse(config: ConfigDict) -> None:
+    stages = config.model.stages
+    config.model.layers *= 2 ** sum(stage[4] for stage in stages)
+    config.model.stages = tuple((*stage[:4], False) for stage in stages)
+
+
+ABLATIONS = {
+    "no_collapse": _no_collapse,
+    "fewer_iterations": _fewer_iterations,
+    "no_ray_encoding": lambda config: config.model.update(ray_encoding=False),
+    "no_render_and_refine": lambda config: config.model.update(render_and_refine=False),
+    "no_cross_attention": lambda config: config.model.update(cross_attention=False),
+    "unfolded": lambda config: config.model.update(folded_attention=False),
+    "rgb": lambda config: config.model.update(output="rgb"),
+}

@@ -1,0 +1,175 @@
+"""Blocks of the update-and-fuse steps (Quark, Sec. 3.2.2, 3.3 and App. A)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvs_common import layers
+from nvs_common.types import Array
+
+# Attention starts as a mean over views: queries this small give logits near zero.
+QUERY_SCALE = 0.1
+
+
+def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float) -> Array:
+    """One query an element against one key a view, with a float32 softmax over the views.
+
+    Args:
+      query: [..., a, f].
+      keys: [v, ..., a, f], or [v, ..., f] shared by all heads.
+      values: [v, ..., a, c], or [v, ..., c].
+      valid: [v, ...] bool; views that do not see an element get no weight unless none does.
+      scale: factor on the logits.
+
+    Returns:
+      [..., a, c].
+    """
+    heads = "a" if keys.ndim > query.ndim else ""
+    logits = jnp.einsum(f"...af,v...{heads}f->...av", query, keys).astype(jnp.float32) * scale
+    logits = jnp.where(jnp.moveaxis(masked(valid), 0, -1)[..., None, :], logits, -1e9)
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    return jnp.einsum(f"...av,v...{heads}c->...ac", weights, values)
+
+
+def masked(valid: Array) -> Array:
+    """Views that take part [v, ...]: those that see an element, or all where none does."""
+    return valid | ~jnp.any(valid, axis=0)[None]
+
+
+def fold(query: Array, key: Array, value: Array, output: Array) -> tuple[Array, Array]:
+    """Folds the projections of standard attention into two matrices a head (Eq. 8).
+
+    Args:
+      query, key, value: [c, a, f] projections of standard multi-head attention.
+      output: [a, f, c].
+
+    Returns:
+      Query [c, a, c] and output [a, c, c] matrices: with them, keys and values are the raw
+      features. Standard logits are scaled by 1 / sqrt(f) and folded ones by 1 / sqrt(c); the
+      query matrix carries the difference.
+    """
+    channels, _, per_head = query.shape
+    folded_query = jnp.einsum("iaf,jaf->iaj", query, key) * (channels / per_head) ** 0.5
+    return folded_query, jnp.einsum("jaf,afc->ajc", value, output)
+
+
+class OneToMany(nn.Module):
+    """One-to-many attention from an element of the volume to the views' features (Eq. 5-9).
+
+    Attributes:
+      heads: attention heads.
+      folded: keys and values are the raw features (Eq. 8); otherwise the standard form.
+      uniform: ablation without cross-attention: every valid view has the same weight.
+      residual_scale: factor on the output's initial weights.
+      dtype: compute type.
+    """
+
+    heads: int
+    folded: bool = True
+    uniform: bool = False
+    residual_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
+        """Adds what the views tell: volume [n, ..., c], delta [v, n, ..., c], valid [v, n, ...]."""
+        channels = volume.shape[-1]
+        per_head = channels if self.folded else channels // self.heads
+        if not self.folded and channels % self.heads:
+            raise ValueError(f"{channels} channels do not divide into {self.heads} heads")
+        shape = (self.heads, per_head)
+
+        def dense(name: str, scale: float = 1.0) -> nn.DenseGeneral:
+            init = layers.scaled_init(scale)
+            return nn.DenseGeneral(
+                shape, use_bias=False, dtype=self.dtype, kernel_init=init, name=name
+            )
+
+        query = dense("query", QUERY_SCALE)(layers.RMSNorm(dtype=self.dtype, name="norm")(volume))
+        if self.uniform:
+            query = jnp.zeros_like(query)
+        if self.folded:
+            keys = values = delta
+        else:
+            keys, values = dense("key")(delta), dense("value")(delta)
+        mixed = attend(query, keys, values, valid, per_head**-0.5)
+        output = nn.DenseGeneral(
+            channels,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=layers.scaled_init(self.residual_scale),
+            name="output",
+        )(mixed)
+        return volume + output
+
+
+class LayerCollapse(nn.Module):
+    """Halves the layers: V'_j = mean(V_2j-1, V_2j) + MLP([V_2j-1; V_2j]) (Sec. 3.2.2).
+
+    The band of a new layer is the union of the two old ones.
+    """
+
+    residual_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, volume: Array) -> Array:
+        """Maps [n, 2 l, y, x, c] to [n, l, y, x, c]."""
+        n, layers_in, *rest, channels = volume.shape
+        pairs = volume.reshape(n, layers_in // 2, 2, *rest, channels)
+        both = jnp.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=-1)
+        hidden = layers.RMSNorm(dtype=self.dtype, name="norm")(both)
+        hidden = nn.gelu(nn.Dense(2 * channels, dtype=self.dtype, name="dense_in")(hidden))
+        init = layers.scaled_init(self.residual_scale)
+        change = nn.Dense(channels, dtype=self.dtype, kernel_init=init, name="dense_out")(hidden)
+        return pairs.mean(axis=2) + change
+
+
+class UpdateNetwork(nn.Module):
+    """Small CNN in image space from what a view shows and what the volume shows of it.
+
+    Its depth is not published: a 3x3 convolution and `blocks` residual blocks.
+    """
+
+    channels: int
+    blocks: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Maps [..., y, x, k] to update features [..., y, x, c]."""
+        x = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="stem")(inputs)
+        for block in range(self.blocks):
+            scale = (2 * self.blocks) ** -0.5
+            x = layers.ConvBlock(scale, self.dtype, name=f"block{block}")(x)
+        return x
+
+
+class Decode(nn.Module):
+    """Reads depth and density logits, and appearance, off the volume.
+
+    Depth starts at the layers' anchors (zero weights); density starts at sigmoid(bias).
+    """
+
+    appearance_channels: int = 0
+    density_bias: float = -2.0
+
+    @nn.compact
+    def __call__(self, volume: Array) -> dict[str, Array]:
+        """Maps [n, l, y, x, c] to float32 {"depth", "density" [n, l, y, x], "appearance"}."""
+        volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
+        zeros = nn.initializers.zeros_init()
+        bias = nn.initializers.constant(self.density_bias)
+        out = {
+            "depth": nn.Dense(1, kernel_init=zeros, name="depth")(volume)[..., 0],
+            "density": nn.Dense(1, bias_init=bias, name="density")(volume)[..., 0],
+        }
+        if self.appearance_channels:
+            appearance = nn.Dense(self.appearance_channels, name="appearance")(volume)
+            out["appearance"] = nn.sigmoid(appearance)
+        return out

@@ -1,0 +1,319 @@
+"""Quark: inputs to a layered depth map by render and refine, and the map to a picture.
+
+Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is an attribute of
+`Quark` with its default; see the README for the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from nvs_common import cameras, layers
+from nvs_common.types import Array, Cameras, Render, Views
+from quark_jax import encoder, fusion, ldm
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row of Tab. 8: the initialisation or one update-and-fuse step.
+
+    Attributes:
+      level: pyramid level of the features; the volume's grid is 2^-level of the finest.
+      blocks: repetitions of (attention, convolutions).
+      heads: attention heads.
+      convs: residual convolution blocks after each attention.
+      collapse: halve the number of layers first.
+    """
+
+    level: int
+    blocks: int
+    heads: int
+    convs: int
+    collapse: bool = False
+
+
+# Initialise, then U&F 0 to 4, as in Tab. 8.
+PAPER_STAGES = (
+    Stage(level=3, blocks=3, heads=4, convs=2),
+    Stage(level=3, blocks=3, heads=4, convs=2),
+    Stage(level=2, blocks=3, heads=4, convs=2),
+    Stage(level=2, blocks=2, heads=4, convs=1),
+    Stage(level=1, blocks=2, heads=2, convs=1, collapse=True),
+    Stage(level=0, blocks=2, heads=1, convs=1, collapse=True),
+)
+
+
+class Fused(nn.Module):
+    """Alternating attention and convolutions of one stage (Eq. 9 and 10)."""
+
+    stage: Stage
+    folded: bool
+    uniform: bool
+    residual_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
+        """volume [n, l, y, x, c], delta [v, n, l, y, x, c], valid [v, n, l, y, x]."""
+        for block in range(self.stage.blocks):
+            volume = fusion.OneToMany(
+                self.stage.heads,
+                self.folded,
+                self.uniform,
+                self.residual_scale,
+                self.dtype,
+                name=f"attention{block}",
+            )(volume, delta, valid)
+            for conv in range(self.stage.convs):
+                name = f"conv{block}_{conv}"
+                volume = layers.ConvBlock(self.residual_scale, self.dtype, name=name)(volume)
+        return volume
+
+
+class Quark(nn.Module):
+    """Quark, from context views and target cameras to rendered targets.
+
+    Attributes:
+      grid_area: elements of a layer of the finest volume, whatever the output's size.
+      layers: layers of the finest volume; earlier ones have twice as many per collapse.
+      channels: features of the volume and the pyramid.
+      stages: initialisation and update-and-fuse steps.
+      encoder_blocks: residual blocks of each pyramid level (not published).
+      update_blocks: residual blocks of the update network (not published).
+      appearance_channels: channels rendered to the inputs (not published, more than 3).
+      octaves: octaves of the ray encoding.
+      density_bias: initial logit of the density (not published).
+      folded_attention: Eq. 8; False is the standard form.
+      ray_encoding, render_and_refine, cross_attention: False is the paper's ablation.
+      output: "blend" weighs input pixels; "rgb" is the ablation that decodes colours.
+      mask_invalid: views that do not see an element take no part (not published).
+      normalize_splat: see `ldm.splat_to_view`.
+      opaque_background: make the farthest layer opaque (not published).
+      dtype: compute type of the network; geometry and compositing are float32.
+    """
+
+    grid_area: int = 288 * 512
+    layers: int = 6
+    channels: int = 32
+    stages: tuple[Stage, ...] = PAPER_STAGES
+    encoder_blocks: tuple[int, ...] = (2, 2, 2, 2)
+    update_blocks: int = 2
+    appearance_channels: int = 16
+    octaves: int = 8
+    density_bias: float = -2.0
+    folded_attention: bool = True
+    ray_encoding: bool = True
+    render_and_refine: bool = True
+    cross_attention: bool = True
+    output: str = "blend"
+    mask_invalid: bool = True
+    normalize_splat: bool = False
+    opaque_background: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.output not in ("blend", "rgb"):
+            raise ValueError(f"output is {self.output!r}; expected 'blend' or 'rgb'")
+        if max(stage.level for stage in self.stages) >= len(self.encoder_blocks):
+            raise ValueError("stages use more pyramid levels than encoder_blocks has")
+        branches = sum(stage.blocks * (1 + stage.convs) for stage in self.stages)
+        scale = branches**-0.5
+        self.encoder = encoder.Encoder(self.channels, self.encoder_blocks, self.dtype)
+        levels = {stage.level for stage in self.stages}
+        self.ray_projections = {
+            str(level): nn.Dense(self.channels, dtype=self.dtype) for level in sorted(levels)
+        }
+        self.seed = self.param("seed", nn.initializers.normal(1.0), (self.channels,), jnp.float32)
+        self.updates = [
+            fusion.UpdateNetwork(self.channels, self.update_blocks, self.dtype) for _ in self.stages
+        ]
+        self.fused = [
+            Fused(stage, self.folded_attention, not self.cross_attention, scale, self.dtype)
+            for stage in self.stages
+        ]
+        self.collapses = [
+            fusion.LayerCollapse(scale, self.dtype) if stage.collapse else None
+            for stage in self.stages
+        ]
+        self.decoders = [
+            fusion.Decode(self.appearance_channels, self.density_bias) for _ in self.stages[1:]
+        ]
+        self.final_decoder = fusion.Decode(0, self.density_bias)
+        if self.output == "rgb":
+            self.color = nn.Dense(3)
+        else:
+            self.blend_query = nn.Dense(self.channels, use_bias=False, dtype=self.dtype)
+            self.blend_norm = layers.RMSNorm(dtype=self.dtype)
+
+    def __call__(self, context: Views, targets: Cameras) -> Render:
+        """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3]."""
+        return self.render(context, self.encode(context), targets)
+
+    def encode(self, context: Views) -> list[Array]:
+        """Encodes the inputs once, for any number of targets: levels [b, v, y, x, c]."""
+        height, width = context.images.shape[-3:-1]
+        size = ldm.grid_size(height, width, self.grid_area, self._multiple)
+        return self.encoder(ldm.resize(context.images.astype(jnp.float32), *size))
+
+    def render(self, context: Views, features: list[Array], targets: Cameras) -> Render:
+        """Renders targets [b, t] from context [b, v] and its `encode`d features."""
+        num_targets = targets.near.shape[1]
+        flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), targets)
+        flat = _as_float32(flat)
+        per_target = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), context)
+        per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
+        logits = self.solve(per_target.cameras, features, flat)
+
+        def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
+            return ldm.upsample_activate(
+                logits, target, views, opaque_background=self.opaque_background
+            )
+
+        rendered = jax.vmap(one)(logits, flat, per_target)
+        return jax.tree.map(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets), rendered)
+
+    def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> ldm.Logits:
+        """Solves one layered depth map for each target.
+
+        Args:
+          views: [n, v] input cameras of each target.
+          features: pyramid levels [b, v, y, x, c]; n is a multiple of b, targets of one scene
+            side by side.
+          targets: [n].
+
+        Returns:
+          Logits with leading [n] on the finest grid.
+        """
+        repeats = targets.near.shape[0] // features[0].shape[0]
+        finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
+        rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
+        volume, delta, valid = None, None, None
+        for index, stage in enumerate(self.stages):
+            grid = tuple(side >> stage.level for side in finest)
+            level = repeat(features[stage.level], "b v ... -> (b t) v ...", t=repeats)
+            ray = rays[str(stage.level)] if self.ray_encoding else None
+            if index == 0:
+                volume = self._seed_volume(len(targets.near), grid)
+                depth_logits, seen = jnp.zeros(volume.shape[:-1]), None
+            else:
+                if stage.collapse:
+                    volume = self.collapses[index](volume)
+                decode = self.decoders[index - 1]
+                size = features[self.stages[index - 1].level].shape[-3:-1]
+                seen = self._render_to_views(decode(volume), views, targets, size)
+                volume = ldm.resize(volume, *grid)
+                depth_logits = decode(volume)["depth"]
+            update = self.updates[index](_inputs(seen, level, ray, self.dtype))
+            delta, valid = self._back_project(update, depth_logits, views, targets)
+            volume = self.fused[index](volume, delta, valid)
+        return self._logits(volume, delta)
+
+    @property
+    def _multiple(self) -> int:
+        return 2 ** max(stage.level for stage in self.stages)
+
+    def _seed_volume(self, num_targets: int, grid: tuple[int, int]) -> Array:
+        num_layers = self.layers * 2 ** sum(stage.collapse for stage in self.stages)
+        shape = (num_targets, num_layers, *grid, self.channels)
+        return jnp.broadcast_to(self.seed.reshape(1, 1, 1, 1, -1), shape).astype(self.dtype)
+
+    def _ray_features(
+        self, views: Cameras, targets: Cameras, coarsest: tuple[int, int]
+    ) -> dict[str, Array]:
+        """Ray encodings [n, v, y, x, c] of each level, on the coarsest level's grid."""
+        if not self.ray_encoding:
+            return {}
+        small = cameras.resize(views, *coarsest)
+        over_views = jax.vmap(ldm.ray_difference, in_axes=(0, None))
+        difference = jax.vmap(over_views)(small, targets)
+        waves = encoder.sinusoids(difference, self.octaves)
+        return {level: dense(waves) for level, dense in self.ray_projections.items()}
+
+    def _render_to_views(
+        self,
+        decoded: dict[str, Array],
+        views: Cameras,
+        targets: Cameras,
+        size: tuple[int, int],
+    ) -> Array:
+        """What the current map looks like from each input, [n, v, *size, appearance]."""
+        appearance, density = decoded["appearance"], nn.sigmoid(decoded["density"])
+        grid_targets = cameras.resize(targets, *density.shape[2:4])
+        if not self.render_and_refine:
+            shape = (*views.near.shape, *size, self.appearance_channels)
+            return jnp.zeros(shape, appearance.dtype)
+
+        def one(appearance, density, depth_logits, target, view):
+            depth = ldm.depths(depth_logits, target.near, target.far)
+            uv = ldm.project(depth, target, view).uv
+            return ldm.splat_to_view(
+                appearance, density, uv, *size, normalize=self.normalize_splat
+            )
+
+        over_views = jax.vmap(one, in_axes=(None, None, None, None, 0))
+        return jax.vmap(over_views)(appearance, density, decoded["depth"], grid_targets, views)
+
+    def _back_project(
+        self, update: Array, depth_logits: Array, views: Cameras, targets: Cameras
+    ) -> tuple[Array, Array]:
+        """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
+        grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
+
+        def one(update, view, depth_logits, target):
+            depth = ldm.depths(depth_logits, target.near, target.far)
+            projection = ldm.project(depth, target, view)
+            return ldm.back_project(update, projection.uv), projection.valid
+
+        over_views = jax.vmap(one, in_axes=(0, 0, None, None))
+        over_targets = jax.vmap(over_views, out_axes=1)
+        delta, valid = over_targets(update, views, depth_logits, grid_targets)
+        return delta, valid if self.mask_invalid else jnp.ones_like(valid)
+
+    def _logits(self, volume: Array, delta: Array) -> ldm.Logits:
+        """Reads the finished map off the volume (Sec. 3.2.3)."""
+        decoded = self.final_decoder(volume)
+        color = self.color(volume.astype(jnp.float32)) if self.output == "rgb" else None
+        if self.output == "rgb":
+            blend = jnp.zeros((*delta.shape[:-1],), jnp.float32)
+        else:
+            query = self.blend_query(self.blend_norm(volume))
+            blend = jnp.einsum("...c,v...c->v...", query, delta).astype(jnp.float32)
+            blend = blend * self.channels**-0.5
+        blend = jnp.moveaxis(blend, 0, 1)
+        return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
+
+
+def _inputs(seen: Array | None, level: Array, ray: Array | None, dtype: Any) -> Array:
+    """Concatenates what the update network reads, at the features' resolution."""
+    parts = [level]
+    height, width = level.shape[-3:-1]
+    if seen is not None:
+        parts.append(ldm.resize(seen, height, width))
+    if ray is not None:
+        parts.append(ldm.resize(ray, height, width))
+    return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
+
+
+def _as_float32(cams: Cameras) -> Cameras:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cams)
+
+
+# About a million parameters: every device holds all of them and the batch is what is sharded.
+PARAM_AXES = {
+    r"seed": (None,),
+    r".*/(scale|bias)": (None,),
+    r"fused_.*/(query|key|value)/kernel": (None, None, None),
+    r"blend_query/kernel": (None, None),
+    r".*/output/kernel": (None, None, None),
+    r".*(stem|conv_in|conv_out)/kernel": (None, None, None, None),
+    r".*(head|dense_in|dense_out|depth|density|appearance|color|ray_projections_\d)/kernel": (
+        None,
+        None,
+    ),
+}
