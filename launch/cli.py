@@ -6,13 +6,14 @@ A program ends with
         cli.run(main)
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what, where and what to do),
-75 stopped early with a checkpoint (preempted or out of time: run the same command again).
+75 preempted: a checkpoint was saved, run the same command again.
 Anything else is a defect and shows its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import pathlib
 import re
 import runpy
@@ -64,6 +65,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     Args:
       main: the program; returns an exit code (None is 0) and may raise InputError.
     """
+    logging.getLogger("nvs_common").setLevel(logging.INFO)
     app.run(
         lambda argv: _one_line_errors(lambda: main(argv)),
         flags_parser=lambda argv: _one_line_errors(lambda: _parse(argv)),
@@ -134,7 +136,15 @@ def load_config(value: str) -> ml_collections.ConfigDict:
     module = runpy.run_path(path)
     if "get_config" not in module:
         raise errors.InputError(f"--config={value}: {path} defines no get_config(arg).")
-    return module["get_config"](*([variant] if variant else []))
+    try:
+        return module["get_config"](*([variant] if variant else []))
+    except KeyError as e:
+        # The tables of variants in a config file are dictionaries.
+        if e.args and e.args[0] in variant.split(","):
+            raise errors.InputError(
+                f"--config={value}: {path} has no variant {e.args[0]!r}; its docstring lists them."
+            ) from e
+        raise
 
 
 def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import json
 import logging
 import queue
 import threading
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -20,8 +20,6 @@ _log = logging.getLogger(__name__)
 class BatchIterator(Protocol):
     """Batches of this process (NumPy) with a position that can be saved, as Grain iterators."""
 
-    def __iter__(self) -> BatchIterator: ...
-
     def __next__(self) -> Batch: ...
 
     def get_state(self) -> Any:
@@ -33,6 +31,18 @@ class BatchIterator(Protocol):
         ...
 
 
+class Taken(NamedTuple):
+    """A batch, and the position before it was taken."""
+
+    batch: Batch
+    before: Any
+
+
+def position(batches: BatchIterator) -> Any:
+    """A copy of the position, as JSON values, that later batches cannot change."""
+    return json.loads(json.dumps(batches.get_state()))
+
+
 class Feed:
     """Takes batches from an iterator in a thread, a few ahead of their use.
 
@@ -41,16 +51,21 @@ class Feed:
         whatever was prepared ahead.
     """
 
-    def __init__(self, batches: BatchIterator, depth: int = 2):
+    def __init__(self, batches: BatchIterator, first: Taken | None = None, depth: int = 2):
         """Starts the thread; from here on only this object may touch the iterator.
 
         Args:
           batches: the iterator.
+          first: a batch that was taken from it before; it is handed out first.
           depth: how many batches wait ready at most.
         """
-        self.position = _snapshot(batches)
         self._batches = batches
         self._queue: queue.Queue[tuple[Batch | Exception, Any]] = queue.Queue(depth)
+        if first is None:
+            self.position = position(batches)
+        else:
+            self.position = first.before
+            self._queue.put((first.batch, position(batches)))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self._thread.start()
@@ -66,12 +81,12 @@ class Feed:
           InputError: the data ended.
           Exception: whatever the iterator raised.
         """
-        item, position = self._queue.get()
+        item, after = self._queue.get()
         if isinstance(item, StopIteration):
             raise errors.InputError("the training data ended before num_steps; let it repeat.")
         if isinstance(item, Exception):
             raise item
-        self.position = position
+        self.position = after
         return item
 
     def close(self) -> None:
@@ -84,10 +99,10 @@ class Feed:
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
-                item, position = next(self._batches), _snapshot(self._batches)
+                item, after = next(self._batches), position(self._batches)
             except Exception as e:  # handed to the consumer, who raises it
-                item, position = e, None
-            self._put((item, position))
+                item, after = e, None
+            self._put((item, after))
             if isinstance(item, Exception):
                 return
 
@@ -124,8 +139,3 @@ def abstract(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     return jax.tree.map(one, batch)
-
-
-def _snapshot(batches: BatchIterator) -> Any:
-    """A copy of the position that later steps of the iterator cannot change."""
-    return json.loads(json.dumps(batches.get_state()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
 import time
@@ -122,10 +121,10 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
     guess = store.position()
     if guess is not None:
         batches.set_state(guess)
-    origin = json.loads(json.dumps(batches.get_state()))
-    example = next(batches)
-    _check_example(example, config)
-    batch = feed.abstract(example, mesh)
+    before = feed.position(batches)
+    first = feed.Taken(next(batches), before)
+    _check_example(first.batch, config)
+    batch = feed.abstract(first.batch, mesh)
     abstract = training_step.abstract_state(task, tx, config, batch, mesh)
     restored = store.restore(to_trees(abstract))
     if restored is None:
@@ -136,12 +135,15 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
             lambda b: training_step.init_state(task, tx, config, b),
             out_shardings=training_step.layout(abstract),
         )
-        state = init(feed.to_global(example, mesh))
+        state = init(feed.to_global(first.batch, mesh))
     else:
         _log.info("restored step %d from %s", restored.step, store.folder)
         state = from_trees(abstract, restored.trees)
-    batches.set_state(origin if restored is None else restored.position)
-    return _Start(state, abstract, feed.Feed(batches))
+    if restored is not None and restored.position != before:
+        # The newest step was damaged: the batch in hand is not the one that comes next.
+        batches.set_state(restored.position)
+        return _Start(state, abstract, feed.Feed(batches))
+    return _Start(state, abstract, feed.Feed(batches, first))
 
 
 def to_trees(state: State) -> dict[str, Any]:
