@@ -23,6 +23,7 @@ from typing import Any
 
 import ml_collections
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from nvs_common import errors
@@ -65,11 +66,24 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     Args:
       main: the program; returns an exit code (None is 0) and may raise InputError.
     """
-    logging.getLogger("nvs_common").setLevel(logging.INFO)
+
+    def program(argv):
+        _quiet_logs()
+        return main(argv)
+
     app.run(
-        lambda argv: _one_line_errors(lambda: main(argv)),
+        lambda argv: _one_line_errors(lambda: program(argv)),
         flags_parser=lambda argv: _one_line_errors(lambda: _parse(argv)),
     )
+
+
+def _quiet_logs() -> None:
+    """Shows our own messages, and of the libraries' only warnings (--verbosity=0 for all)."""
+    if not flags.FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("nvs_common").setLevel(logging.INFO)
+    form = logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S")
+    absl_logging.get_absl_handler().setFormatter(form)
 
 
 def _one_line_errors(action: Callable[[], Any]) -> Any:
