@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +41,10 @@ _WORKER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-_BATCHES_AHEAD = 2  # of each worker; also of the threads when there are no workers
+_START_SECONDS = 60
+# Batches of each worker that lie ready: one in its queue, one taken out by a thread here.
+_QUEUE = 1
+_ENDLESS = 2**48  # samples; Grain's own endless length overflows where it is rounded up
 _SHARED_MEMORY = "/dev/shm"
 _SHARED_MEMORY_LEAF = 64 * 1024  # bytes; smaller arrays travel faster through the pipe
 
@@ -141,8 +145,10 @@ class BatchIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._chain is None:
-            self._chain = self._start()
-        batch = next(self._chain)
+            self._chain = self._make_chain()
+            batch = self._first_batch() if self._workers else next(self._chain)
+        else:
+            batch = next(self._chain)
         if self._workers:
             # Frees the shared memory at once, however long the caller keeps the batch.
             batch = samples.copy(batch)
@@ -170,13 +176,13 @@ class BatchIterator(Iterator[Batch]):
             self._chain.close()
             self._chain = None
 
-    def _start(self) -> Any:
+    def _make_chain(self) -> Any:
         first = self._step * self._batch_size + self._shard.shard_index
-        rows = self._sequence.slice(slice(first, None, self._shard.shard_count))
+        rows = self._sequence.slice(slice(first, first + _ENDLESS, self._shard.shard_count))
         # Batched here, before workers: whole batches are handed out, in order.
         batches = rows.batch(self._batch_size // self._shard.shard_count, batch_fn=samples.stack)
         if not self._workers:
-            reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_BATCHES_AHEAD)
+            reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
             return iter(batches.to_iter_dataset(reading))
         # Grain reads absl flags in every worker, which fails outside of absl.app.run.
         if not flags.FLAGS.is_parsed():
@@ -185,18 +191,30 @@ class BatchIterator(Iterator[Batch]):
         options = grain.experimental.DatasetOptions(min_shm_size=self._smallest_shared())
         chain = grain.experimental.WithOptionsIterDataset(batches.to_iter_dataset(reading), options)
         chain = chain.mp_prefetch(
-            grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_BATCHES_AHEAD),
+            grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_QUEUE),
             worker_init_fn=_start_worker,
         )
-        chain = iter(chain)
+        return iter(chain)
+
+    def _first_batch(self) -> Batch:
+        """Asks for a batch, on which Grain starts the workers, and waits until all run."""
+        others = set(multiprocessing.active_children())
         with _environment(_WORKER_ENVIRONMENT):
-            chain.start_prefetch()
-        return chain
+            batch = next(self._chain)
+            # Grain starts them from threads; each inherits the environment of that moment.
+            deadline = time.monotonic() + _START_SECONDS
+            while len(set(multiprocessing.active_children()) - others) < self._workers:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"{self._workers} data workers did not start in {_START_SECONDS} s."
+                    )
+                time.sleep(0.01)
+        return batch
 
     def _smallest_shared(self) -> int:
         """Bytes from which an array goes through shared memory; a full one kills the workers."""
-        # Each worker has its buffer, a batch in the making and one on its way.
-        needed = self._workers * (_BATCHES_AHEAD + 2) * self._batch_bytes
+        # Beside these, one in the making and one being handed over.
+        needed = self._workers * (2 * _QUEUE + 2) * self._batch_bytes
         if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < needed:
             logging.warning(
                 "%s has less than the %.1f MB that %d data workers need: batches go through pipes, "

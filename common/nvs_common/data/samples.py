@@ -184,8 +184,10 @@ def copy(batch: Batch) -> Batch:
     """The same batch in arrays of its own."""
 
     def copy_views(part: Views) -> Views:
-        arrays = {name: np.array(getattr(part.cameras, name)) for name in _CAMERA_ARRAYS}
-        return Views(np.array(part.images), part.cameras.replace(**arrays))
+        cameras = part.cameras
+        arrays = {name: np.array(getattr(cameras, name)) for name in _CAMERA_ARRAYS}
+        cameras = Cameras(**arrays, height=cameras.height, width=cameras.width)
+        return Views(np.array(part.images), cameras)
 
     extras = {name: np.array(value) for name, value in batch.extras.items()}
     return Batch(copy_views(batch.context), copy_views(batch.target), extras)
