@@ -126,9 +126,7 @@ def read_realestate(path: pathlib.Path, frames_folder: pathlib.Path, options: Op
     for timestamp, values in realestate_rows(path):
         pose = scene_formats.invert(values[6:].reshape(3, 4))
         lens = scene_formats.normalised_lens(values[:4])
-        posed.append(
-            Posed(str(timestamp), pose, lens, near=REALESTATE_NEAR, far=REALESTATE_FAR)
-        )
+        posed.append(Posed(str(timestamp), pose, lens, near=REALESTATE_NEAR, far=REALESTATE_FAR))
     frames = scene_formats.build_frames(posed, frames_folder, path, strict=options.strict)
     bounds = "RealEstate10K convention (1 to 100)"
     return Loaded(tuple(frames), "RealEstate10K", frames_folder, bounds)

@@ -217,17 +217,13 @@ def _images_bin(path: pathlib.Path) -> list[Image]:
         _, *pose, camera = cursor.take("<i7di")
         name = cursor.name()
         size = 24 * cursor.count(24)
-        records = np.frombuffer(
-            cursor.data, np.dtype("<f8, <f8, <i8"), size // 24, cursor.position
-        )
+        records = np.frombuffer(cursor.data, np.dtype("<f8, <f8, <i8"), size // 24, cursor.position)
         cursor.position += size
         images.append(_image(path, name, np.array(pose), camera, records["f2"]))
     return images
 
 
-def _image(
-    path: pathlib.Path, name: str, pose: np.ndarray, camera: int, seen: np.ndarray
-) -> Image:
+def _image(path: pathlib.Path, name: str, pose: np.ndarray, camera: int, seen: np.ndarray) -> Image:
     try:
         return Image(name, make_pose(pose[:4], pose[4:]), camera, seen)
     except InputError as error:

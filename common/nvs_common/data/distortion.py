@@ -90,9 +90,7 @@ def to_stored(
     return distortion.distort(normalised(ideal, uv)) * stored[:2] + stored[2:]
 
 
-def pinhole(
-    distortion: Distortion, intrinsics: np.ndarray, height: int, width: int
-) -> np.ndarray:
+def pinhole(distortion: Distortion, intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
     """The pinhole camera that an undistorted image of the same size has.
 
     Focal lengths are multiplied by one zoom and the principal point keeps its pixel. The zoom

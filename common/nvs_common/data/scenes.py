@@ -15,11 +15,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nvs_common.data import depth_bounds, distortion, images, layouts
+from nvs_common.data import depth_bounds, distortion, images, layouts, matching
 from nvs_common.data.images import Window
 from nvs_common.data.scene_formats import Frame, Loaded, Options
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
+
+# Corners are matched on images of at most this width.
+MEASURE_WIDTH = 640
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,53 @@ def load_scene(
     loaded = layouts.recognise(path)(options)
     scene = _scene(loaded, path, size)
     return scene if size is None else scene.resized(*size)
+
+
+def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
+    """The scene with near and far from its images, for layouts that come without points.
+
+    Matches corners between up to `pairs` pairs of neighbouring images, keeps what agrees with
+    the poses to a pixel, triangulates, and takes robust percentiles as for sparse points. About
+    40 ms a pair at 512 x 288. Where too little matches the scene is returned as it was.
+
+    Args:
+      scene: any.
+      pairs: how many pairs of images to look at.
+
+    Raises:
+      InputError: an image cannot be decoded.
+    """
+    shrink = min(1.0, MEASURE_WIDTH / scene.cameras.width)
+    height, width = (max(1, round(shrink * x)) for x in (scene.cameras.height, scene.cameras.width))
+    small = scene.resized(height, width)
+    cameras, found = small.cameras, [np.zeros((0, 3))]
+    for i, j in _neighbours(cameras.world_from_cam, pairs):
+        first, second = small.images([i, j]).mean(axis=-1)
+        a, b = matching.match(first, second)
+        good = matching.sampson(cameras, i, j, a, b) < 1.0
+        found.append(matching.triangulate(cameras, i, j, a[good], b[good]))
+    points = np.concatenate(found)
+    points = points[np.isfinite(points).all(axis=-1)]
+    unseen = [np.zeros(0, np.int64)] * len(scene)
+    limits = depth_bounds.from_points(scene.frames, points, unseen)
+    if limits is None:
+        return scene
+    cameras = scene.cameras.replace(near=limits[:, 0], far=limits[:, 1])
+    return dataclasses.replace(scene, cameras=cameras, bounds=depth_bounds.FROM_IMAGES)
+
+
+def _neighbours(poses: np.ndarray, pairs: int) -> list[tuple[int, int]]:
+    """Pairs of cameras a short way apart that look the same way, spread over the scene."""
+    centres, axes = poses[:, :3, 3], poses[:, :3, 2]
+    count = len(poses)
+    result = []
+    for i in np.unique(np.linspace(0, count - 1, pairs // 2).astype(int)):
+        distance = np.linalg.norm(centres - centres[i], axis=-1)
+        distance[(axes @ axes[i] < np.cos(np.radians(25))) | (distance == 0)] = np.inf
+        order = np.argsort(distance, kind="stable")
+        # The nearest has most in common, a farther one more parallax.
+        result += [(int(i), int(order[k])) for k in (0, 3) if k < count]
+    return [(i, j) for i, j in result if axes[i] @ axes[j] >= np.cos(np.radians(25)) and i != j]
 
 
 def find_scenes(path: str | os.PathLike) -> list[pathlib.Path]:
