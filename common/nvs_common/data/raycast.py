@@ -16,7 +16,8 @@ import dataclasses
 
 import numpy as np
 
-BOX, ELLIPSOID, CYLINDER, QUAD, DISC, LEAF = range(6)
+from nvs_common.data import shapes
+
 # Surface numbers: three for a solid (which side was hit), these many for what surrounds the scene.
 SIDES = 3
 SURROUND_SIDES = 6
@@ -32,11 +33,12 @@ class Solids:
     """Solid shapes in the world, sorted by kind.
 
     Attributes:
-      kind: [p] BOX, ELLIPSOID, CYLINDER (along its third axis), or the flat QUAD, DISC, LEAF.
+      kind: [p] one of the kinds of `shapes`.
       axes: [p, 3, 3] rotations; columns are the local axes in the world.
       center: [p, 3].
       half: [p, 3] half extents along the local axes (of a flat shape the third is nearly 0).
       material: [p] row of the material table.
+      bitmap: [p] which bitmap a CUTOUT shows; 0 for others.
     """
 
     kind: np.ndarray
@@ -44,6 +46,7 @@ class Solids:
     center: np.ndarray
     half: np.ndarray
     material: np.ndarray
+    bitmap: np.ndarray
 
     @property
     def local_from_world(self) -> np.ndarray:
@@ -193,6 +196,36 @@ def trace(solids: Solids, surround: Surround, rays: Rays, offsets: np.ndarray) -
     return Hits(depth, (key & np.uint64(0xFFFFFFFF)).astype(np.int64))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pairs:
+    """Rays to try: row-wise runs of pixels inside the rectangle of each instance.
+
+    Attributes:
+      of: [rows] instance of each row of pixels.
+      y: [rows] pixel row.
+      begin: [rows + 1] first pair of each row.
+      row: [n] row of each pair; x: [n] pixel column.
+    """
+
+    of: np.ndarray
+    y: np.ndarray
+    begin: np.ndarray
+    row: np.ndarray
+    x: np.ndarray
+
+
+def _pairs(box: np.ndarray) -> _Pairs:
+    """Every pixel of rectangles [4, i], in order."""
+    rows = box[3] - box[2]
+    of = np.repeat(np.arange(len(rows)), rows)
+    y = np.arange(len(of)) - np.repeat(np.cumsum(rows) - rows - box[2], rows)
+    columns = (box[1] - box[0])[of]
+    begin = np.concatenate([[0], np.cumsum(columns)])
+    row = np.repeat(np.arange(len(of)), columns)
+    x = np.arange(len(row)) - np.repeat(begin[:-1] - box[0][of], columns)
+    return _Pairs(of, y, begin, row, x)
+
+
 def _trace_solids(solids: Solids, rays: Rays, offsets: np.ndarray, key: np.ndarray) -> None:
     """Lowers `key` [v * h * w * s] wherever a solid is nearer."""
     box = rectangles(solids, rays).reshape(4, -1)
@@ -202,116 +235,33 @@ def _trace_solids(solids: Solids, rays: Rays, offsets: np.ndarray, key: np.ndarr
     box = box[:, seen]
     local = local_rays(solids, rays)[:, seen]
     view, solid = seen % len(rays), seen // len(rays)
-    # First every row of every rectangle, then every pixel of every row: no division needed.
-    rows = box[3] - box[2]
-    of = np.repeat(np.arange(len(seen)), rows)
-    y = np.arange(len(of)) - np.repeat(np.cumsum(rows) - rows - box[2], rows)
-    columns = (box[1] - box[0])[of]
-    begin = np.cumsum(columns) - columns
-    line = local[6:9, of] * (y + 0.5).astype(np.float32) + local[9:12, of]
-    first_pixel = view[of] * (rays.height * rays.width) + y * rays.width
-    pair_row = np.repeat(np.arange(len(of)), columns)
-    x = np.arange(len(pair_row)) - np.repeat(begin - box[0][of], columns)
-    pixel = first_pixel[pair_row] + x
-    x = (x + 0.5).astype(np.float32)
-    kinds = solids.kind[solid[of]]
-    code = (solid * SIDES)[of]
+    extent = np.maximum(box[1] - box[0], box[3] - box[2])
+    cutout = np.stack(shapes.cutout_level(solids.bitmap[solid], extent))
+    pairs = _pairs(box)
+    line = local[6:9, pairs.of] * (pairs.y + 0.5).astype(np.float32) + local[9:12, pairs.of]
+    first_pixel = view[pairs.of] * (rays.height * rays.width) + pairs.y * rays.width
+    kinds = solids.kind[solid[pairs.of]]
     for kind in np.unique(kinds):
         first, last = np.searchsorted(kinds, [kind, kind + 1])
-        last_pair = begin[last] if last < len(begin) else len(pair_row)
-        span = slice(begin[first], last_pair)
-        row = pair_row[span]
-        item = of[row]
-        right = local[3:6, item]
-        base = line[:, row] + right * x[span]
-        down = local[6:9, item]
+        span = slice(pairs.begin[first], pairs.begin[last])
+        row, x = pairs.row[span], pairs.x[span]
+        item = pairs.of[row]
+        right, down = local[3:6, item], local[6:9, item]
+        base = line[:, row] + right * (x + 0.5).astype(np.float32)
         direction = [
             base[j] + offsets[:, 0:1] * right[j] + offsets[:, 1:2] * down[j] for j in range(3)
         ]
-        depth, side, hit = _INTERSECT[kind](local[0:3, item], direction)
-        hit &= depth > MIN_DEPTH
-        sample, pair = np.nonzero(hit)
+        if kind == shapes.CUTOUT:
+            depth, side, hit = shapes.cutout(local[0:3, item], direction, *cutout[:, item])
+        else:
+            depth, side, hit = shapes.INTERSECT[kind](local[0:3, item], direction)
+        sample, pair = np.nonzero(hit & (depth > MIN_DEPTH))
         value = depth[sample, pair].view(np.uint32).astype(np.uint64) << np.uint64(32)
-        surface = code[row[pair]]
+        surface = (solid * SIDES)[item[pair]]
         if side is not None:
             surface = surface + side[sample, pair]
-        np.minimum.at(
-            key, pixel[span][pair] * len(offsets) + sample, value | surface.astype(np.uint64)
-        )
-
-
-def _intersect_box(o, d):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = [1 / c for c in d]
-        middle = [-a * b for a, b in zip(o, inverse, strict=True)]
-    reach = [np.abs(c) for c in inverse]
-    x, y, z = (m - r for m, r in zip(middle, reach, strict=True))
-    first = np.maximum(x, y)
-    side = (y > x).astype(np.int8)
-    side[z > first] = 2
-    first = np.maximum(first, z)
-    x, y, z = (m + r for m, r in zip(middle, reach, strict=True))
-    last = np.minimum(np.minimum(x, y), z)
-    return first, side, first <= last
-
-
-def _intersect_ellipsoid(o, d):
-    a = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
-    b = o[0] * d[0] + o[1] * d[1] + o[2] * d[2]
-    # |o x d| instead of b^2 - a c: small and distant shapes would lose all digits.
-    x, y, z = o[1] * d[2] - o[2] * d[1], o[2] * d[0] - o[0] * d[2], o[0] * d[1] - o[1] * d[0]
-    inside = a - (x * x + y * y + z * z)
-    hit = inside > 0
-    return (-b - np.sqrt(np.maximum(inside, 0))) / a, None, hit
-
-
-def _intersect_cylinder(o, d):
-    a = d[0] * d[0] + d[1] * d[1] + np.float32(1e-20)
-    b = o[0] * d[0] + o[1] * d[1]
-    cross = o[0] * d[1] - o[1] * d[0]
-    inside = a - cross * cross
-    root = np.sqrt(np.maximum(inside, 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = 1 / d[2]
-        middle = -o[2] * inverse
-    reach = np.abs(inverse)
-    wall, cap = (-b - root) / a, middle - reach
-    first = np.maximum(wall, cap)
-    last = np.minimum((root - b) / a, middle + reach)
-    return first, (cap > wall).astype(np.int8) * np.int8(2), (inside > 0) & (first <= last)
-
-
-def _intersect_flat(o, d):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth = -o[2] / d[2]
-        return depth, o[0] + depth * d[0], o[1] + depth * d[1]
-
-
-def _intersect_quad(o, d):
-    depth, x, y = _intersect_flat(o, d)
-    return depth, None, np.maximum(np.abs(x), np.abs(y)) <= 1
-
-
-def _intersect_disc(o, d):
-    depth, x, y = _intersect_flat(o, d)
-    return depth, None, x * x + y * y <= 1
-
-
-def _intersect_leaf(o, d):
-    depth, x, y = _intersect_flat(o, d)
-    return depth, None, np.abs(x) <= 1 - y * y
-
-
-# Each takes origins [3, n] and three directions [s, n], and returns depth, side (or None for 0)
-# and hit, [s, n]. The camera is outside.
-_INTERSECT = {
-    BOX: _intersect_box,
-    ELLIPSOID: _intersect_ellipsoid,
-    CYLINDER: _intersect_cylinder,
-    QUAD: _intersect_quad,
-    DISC: _intersect_disc,
-    LEAF: _intersect_leaf,
-}
+        place = (first_pixel[row] + x)[pair] * len(offsets) + sample
+        np.minimum.at(key, place, value | surface.astype(np.uint64))
 
 
 def _trace_surround(surround: Surround, rays: Rays, offsets: np.ndarray, first_code: int):

@@ -6,13 +6,12 @@ of solids under one group number: a thing that is in a camera's way is taken out
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
-from nvs_common.data import raycast, textures
-from nvs_common.data.raycast import BOX, CYLINDER, DISC, ELLIPSOID, LEAF, QUAD, Solids
+from nvs_common.data import shapes, textures
+from nvs_common.data.raycast import Solids
 from nvs_common.data.shading import Materials
+from nvs_common.data.shapes import BOX, CUTOUT, CYLINDER, DISC, ELLIPSOID, LEAF, QUAD
 
 _FLAT = 1e-3
 
@@ -66,12 +65,15 @@ class Builder:
         """Starts a new thing: solids added from here on stand or go together."""
         self._group += 1
 
-    def add(self, kind: int, center, half, axes=None, material: int | None = None) -> None:
-        """Adds a solid; flat shapes need two half extents."""
+    def add(
+        self, kind: int, center, half, axes=None, material: int | None = None, bitmap: int = 0
+    ) -> None:
+        """Adds a solid; flat shapes need two half extents, a CUTOUT its bitmap."""
         half = tuple(half) if len(half) == 3 else (*half, _FLAT)
         axes = np.eye(3) if axes is None else axes
         material = self.material() if material is None else material
-        self._solids.append((kind, axes, np.asarray(center, float), half, material, self._group))
+        center = np.asarray(center, float)
+        self._solids.append((kind, axes, center, half, material, bitmap, self._group))
 
     def rod(self, start, end, radius: float, material: int) -> None:
         """Adds a round bar between two points [3]."""
@@ -128,11 +130,9 @@ class Builder:
 
     def solids(self) -> tuple[Solids, np.ndarray]:
         """All solids sorted by kind, and the thing [p] that each belongs to."""
-        kind, axes, center, half, material, group = zip(*self._solids, strict=True)
-        order = np.argsort(kind, kind="stable")
-        columns = (np.array(kind), np.array(axes), np.array(center), np.array(half))
-        sorted_ = [column[order] for column in (*columns, np.array(material))]
-        return Solids(*sorted_), np.array(group)[order]
+        *columns, group = (np.array(column) for column in zip(*self._solids, strict=True))
+        order = np.argsort(columns[0], kind="stable")
+        return Solids(*(column[order] for column in columns)), group[order]
 
     def materials(self) -> Materials:
         """The material table."""
@@ -231,15 +231,21 @@ def shelf(b: Builder, at, size: float) -> None:
             b.add(BOX, np.add(at, slide + [0, 0, z + thick + half[2]]), half, axes, goods)
 
 
+def green(b: Builder) -> np.ndarray:
+    """A leaf colour [3]."""
+    tone = [b.rng.uniform(0.5, 1.15), 1, b.rng.uniform(0.15, 0.7)]
+    return b.rng.uniform(0.2, 0.65) * np.array(tone)
+
+
 def plant(b: Builder, at, size: float) -> None:
-    """A pot or trunk with leaves."""
+    """A pot with leaves: single ones on stalks, or fans of cut-out sprays."""
     radius = 0.12 * size
     b.add(CYLINDER, np.add(at, [0, 0, radius]), (radius, radius, radius), None, b.material("plain"))
     stem = np.add(at, [0, 0, 2 * radius])
-    green = b.rng.uniform(0.2, 0.6) * np.array(
-        [b.rng.uniform(0.5, 1.0), 1, b.rng.uniform(0.2, 0.6)]
-    )
-    leaf = b.material("plain", "fractal", "marble", size=size, base=green)
+    leaf = b.material("plain", "fractal", "marble", size=size, base=green(b))
+    if b.rng.random() < 0.5:
+        spray(b, stem + [0, 0, 0.3 * size], 0.45 * size, int(b.rng.integers(4, 9)), leaf)
+        return
     for _ in range(int(b.rng.integers(6, 14))):
         way = turn(b.rng)[:, 2] * [1, 1, 0.5] + [0, 0, 0.6]
         tip = stem + way / np.linalg.norm(way) * size * b.rng.uniform(0.25, 0.7)
@@ -247,6 +253,75 @@ def plant(b: Builder, at, size: float) -> None:
         axes = along(way)[:, [0, 2, 1]] * [1, 1, -1]
         b.add(LEAF, tip, (length * 0.4, length), axes @ yaw(b.rng.normal(0, 0.4)), leaf)
         b.rod(stem, tip, 0.008 * size, leaf)
+
+
+def spray(b: Builder, middle, size: float, count: int, leaf: int) -> None:
+    """Cut-out foliage on quads that stand through one another."""
+    bitmap = int(b.rng.choice(shapes.FOLIAGE_BITMAPS))
+    for _ in range(count):
+        axes = yaw(b.rng.uniform(0, 2 * np.pi)) @ along(np.array([1, 0, b.rng.normal(0, 0.5)]))
+        # The bitmap's top must point up: the second axis down.
+        axes = axes if axes[2, 1] < 0 else axes * [-1, -1, 1]
+        half = np.full(2, size * b.rng.uniform(0.7, 1.1))
+        spot = np.add(middle, b.rng.normal(0, 0.2 * size, 3))
+        b.add(CUTOUT, spot, half, axes, leaf, bitmap)
+
+
+def bush(b: Builder, at, size: float) -> None:
+    """Cut-out foliage from the ground up."""
+    leaf = b.material("foliage", "fractal", size=0.4 * size, base=green(b))
+    spray(b, np.add(at, [0, 0, 0.35 * size]), 0.4 * size, int(b.rng.integers(5, 11)), leaf)
+
+
+def silhouette(b: Builder, at, size: float) -> None:
+    """A flat cut-out that stands or leans: an ornament, a grating, a figure, a sign."""
+    half = size * b.rng.uniform(0.25, 0.6, 2)
+    axes = yaw(b.rng.uniform(0, 2 * np.pi)) @ along(np.array([1, 0, b.rng.normal(0, 0.15)]))
+    bitmap = int(b.rng.integers(shapes.cutout_count()))
+    b.add(CUTOUT, np.add(at, [0, 0, half[1]]), half, axes, b.material(size=size), bitmap)
+
+
+def cable(b: Builder, at, size: float) -> None:
+    """A round cable that winds over the ground and rises at its end."""
+    sheath = b.material("plain", size=size, base=b.rng.choice([0.12, 0.3, 0.85]) * np.ones(3))
+    radius = size * b.rng.uniform(0.008, 0.03)
+    angle, point = b.rng.uniform(0, 2 * np.pi), np.add(at, [0, 0, radius])
+    for _ in range(int(b.rng.integers(6, 14))):
+        angle += b.rng.normal(0, 0.7)
+        rise = b.rng.choice([0, 0.3]) * b.rng.random()
+        following = point + 0.22 * size * np.array([np.cos(angle), np.sin(angle), rise])
+        b.rod(point, following, radius, sheath)
+        point = following
+
+
+def chair(b: Builder, at, size: float) -> None:
+    """A seat on four legs with a back of slats."""
+    half, axes = 0.22 * size, yaw(b.rng.uniform(0, 2 * np.pi))
+    wood, seat = b.material("wood", "plain", size=size), b.material("cloth", "plain", size=size)
+    b.add(BOX, np.add(at, [0, 0, 2 * half]), (half, half, 0.12 * half), axes, seat)
+    for sx in (-1, 1):
+        for sy in (-1, 1):
+            foot = np.asarray(at) + axes @ (0.92 * half * np.array([sx, sy, 0]))
+            b.rod(foot, foot + [0, 0, (4.4 if sy > 0 else 2) * half], 0.08 * half, wood)
+    for level in np.linspace(2.7, 4.2, int(b.rng.integers(2, 5))):
+        slat = np.asarray(at) + axes @ (half * np.array([0, 0.92, level]))
+        b.add(BOX, slat, half * np.array([0.95, 0.05, 0.14]), axes, wood)
+
+
+def screen(b: Builder, at, size: float) -> None:
+    """A screen on a foot."""
+    half = size * np.array([0.5, 0.015, 0.3])
+    axes = yaw(b.rng.normal(0, 0.5) + np.pi * (b.rng.random() < 0.3))
+    dark = b.material("plain", size=size, base=b.rng.uniform(0.08, 0.25) * np.ones(3))
+    middle = np.add(at, [0, 0, 0.12 * size + half[2]])
+    b.add(BOX, middle, half, axes, dark)
+    b.add(BOX, np.add(at, [0, 0, 0.01 * size]), size * np.array([0.2, 0.12, 0.01]), axes, dark)
+    b.rod(at, middle, 0.025 * size, dark)
+    face = np.stack([axes[:, 0], axes[:, 2], -axes[:, 1]], axis=-1)
+    shown = b.material("print", "picture", size=size, glow=b.rng.choice([0.0, 1.0]))
+    shown = dark if b.rng.random() < 0.4 else shown
+    front = middle - axes[:, 1] * half[1] * 1.1
+    b.add(QUAD, front, half[[0, 2]] * 0.94, face, shown)
 
 
 def fence(b: Builder, at, size: float) -> None:
@@ -288,16 +363,15 @@ def tree(b: Builder, at, size: float) -> None:
     tall = size * b.rng.uniform(0.5, 0.9)
     bark = b.material("wood", "fractal", size=size, base=b.rng.uniform(0.2, 0.4) * np.ones(3))
     b.rod(at, np.add(at, [0, 0, tall]), 0.04 * size, bark)
-    green = b.rng.uniform(0.3, 0.6) * np.array(
-        [b.rng.uniform(0.6, 1.1), 1, b.rng.uniform(0.2, 0.6)]
-    )
-    crown = b.material("foliage", size=0.4 * size, base=green)
-    for _ in range(int(b.rng.integers(4, 9))):
-        spot = np.add(at, [0, 0, tall]) + b.rng.normal(0, 0.2 * size, 3)
-        b.add(ELLIPSOID, spot, size * b.rng.uniform(0.1, 0.28, 3), turn(b.rng), crown)
-    for _ in range(int(b.rng.integers(4, 16))):
-        spot = np.add(at, [0, 0, tall]) + b.rng.normal(0, 0.3 * size, 3)
-        b.add(LEAF, spot, size * b.rng.uniform(0.03, 0.09, 2), turn(b.rng), crown)
+    crown = b.material("foliage", "fractal", size=0.4 * size, base=green(b))
+    top = np.add(at, [0, 0, tall])
+    for _ in range(int(b.rng.integers(0, 6))):
+        spot = top + b.rng.normal(0, 0.15 * size, 3)
+        b.add(ELLIPSOID, spot, size * b.rng.uniform(0.08, 0.22, 3), turn(b.rng), crown)
+    spread = size * b.rng.uniform(0.2, 0.4)
+    spray(b, top + [0, 0, 0.2 * spread], spread, int(b.rng.integers(5, 10)), crown)
+    for _ in range(int(b.rng.integers(0, 4))):
+        spray(b, top + b.rng.normal(0, 0.25 * size, 3), 0.5 * spread, 3, crown)
 
 
 def house(b: Builder, at, size: float) -> None:
@@ -325,8 +399,8 @@ def house(b: Builder, at, size: float) -> None:
 
 def shard(b: Builder, at, size: float) -> None:
     """Any single shape in any orientation, in mid-air."""
-    kind = int(b.rng.choice([BOX, ELLIPSOID, CYLINDER, QUAD, DISC, LEAF]))
+    kind = int(b.rng.choice([BOX, BOX, ELLIPSOID, CYLINDER, QUAD, DISC, LEAF, CUTOUT]))
     half = size * np.exp(b.rng.uniform(np.log(0.08), np.log(0.6), 3))
-    if kind == QUAD or kind == DISC or kind == LEAF:
-        half = half[:2] + 0.1 * size
-    b.add(kind, np.add(at, [0, 0, 0.5 * size]), half, turn(b.rng), b.material(size=size))
+    half = half[:2] + 0.1 * size if kind >= QUAD else half
+    bitmap = int(b.rng.integers(shapes.cutout_count()))
+    b.add(kind, np.add(at, [0, 0, 0.5 * size]), half, turn(b.rng), b.material(size=size), bitmap)

@@ -1,4 +1,4 @@
-"""What colour a visible surface has: materials, lights with shadow maps, gloss and sky.
+"""What colour a visible surface has: materials under light, gloss, sky and haze.
 
 Colours are light (linear) inside this file; textures and palettes are gamma-2 signals and are
 squared on the way in. Arrays of points are component-first, [3, n], so that each component is
@@ -11,12 +11,9 @@ import dataclasses
 
 import numpy as np
 
-from nvs_common.data import raycast, textures
+from nvs_common.data import lighting, raycast, shapes, textures
+from nvs_common.data.lighting import Lights
 from nvs_common.data.raycast import SIDES, Rays, Solids, Surround
-
-SHADOW_SIZE = 320
-# Shadow taps, in texels of the map: a soft edge from four bilinear comparisons.
-_TAPS = ((-0.7, -0.3), (0.3, -0.7), (0.7, 0.3), (-0.3, 0.7))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +45,6 @@ class Materials:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lights:
-    """Lamps and suns, each with a shadow map.
-
-    Attributes:
-      rays: k views from the lights.
-      color: [k, 3] linear.
-      reach: [k] distance at which a lamp's light has halved; infinite for a sun.
-      maps: [k, SHADOW_SIZE^2] nearest depth seen from the light.
-    """
-
-    rays: Rays
-    color: np.ndarray
-    reach: np.ndarray
-    maps: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class Sky:
     """Light from everywhere, and the look of the dome of an open scene.
 
@@ -74,6 +54,7 @@ class Sky:
       cover: how much of the sky is cloud, 0 to 1.
       skyline: height of the hills as the sine of their elevation.
       texture: [2] atlas rows of clouds and hills.
+      haze: distance at which air has hidden most of what is behind it; infinite for clear air.
     """
 
     zenith: np.ndarray
@@ -84,6 +65,7 @@ class Sky:
     cover: float
     skyline: float
     texture: np.ndarray
+    haze: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +87,6 @@ class Points:
     normal: np.ndarray
     uv: np.ndarray
     material: np.ndarray
-
-
-def cast_shadows(solids: Solids, rays: Rays) -> np.ndarray:
-    """Nearest depth of solids seen from lights, [k, SHADOW_SIZE^2]."""
-    hits = raycast.trace(solids, raycast.NOTHING, rays, np.zeros((1, 2)))
-    return hits.depth[..., 0]
 
 
 def shade(stage: Stage, rays: Rays, uv: np.ndarray, depth: np.ndarray, surface: np.ndarray):
@@ -148,6 +124,9 @@ def shade(stage: Stage, rays: Rays, uv: np.ndarray, depth: np.ndarray, surface: 
     reflected = _reflections(stage, points, view, facing)
     glow = stage.materials.glow[points.material][:, None]
     color = albedo * (light.T + glow) + shine.T + reflected.T
+    if np.isfinite(stage.sky.haze):
+        haze = 1 - np.exp(depth * np.float32(-1 / stage.sky.haze))
+        color += (stage.sky.horizon.astype(np.float32) - color) * haze[:, None]
     if stage.surround.kind == "open":
         far = np.flatnonzero(surface == count + raycast.DOME)
         color[far] = _sky(stage, position[:, far], pixel[far]).T
@@ -179,13 +158,13 @@ def _solid_points(solids: Solids, surface: np.ndarray, position: np.ndarray) -> 
     kind = solids.kind[solid]
     offset = position - row[9:12]
     local = [_dot(row[3 * j : 3 * j + 3], offset) for j in range(3)]
-    cylinder = kind == raycast.CYLINDER
-    curved = (kind == raycast.ELLIPSOID) | (cylinder & (side == 0))
-    axis = np.where(curved, 3, np.where(kind == raycast.BOX, side, 2))
+    cylinder = kind == shapes.CYLINDER
+    curved = (kind == shapes.ELLIPSOID) | (cylinder & (side == 0))
+    axis = np.where(curved, 3, np.where(kind == shapes.BOX, side, 2))
     unit = [np.where(axis == j, np.sign(local[j]), np.where(curved, local[j], 0)) for j in (0, 1)]
     unit.append(np.where(curved, np.where(cylinder, 0, local[2]), (axis == 2) * np.sign(local[2])))
     # Flat shapes have no inside: any sign will do, but not zero.
-    unit[2] = np.where((kind >= raycast.QUAD), np.float32(1), unit[2]).astype(np.float32)
+    unit[2] = np.where((kind >= shapes.QUAD), np.float32(1), unit[2]).astype(np.float32)
     normal = np.stack([_dot(row[j:9:3], unit) for j in range(3)])
     normal /= np.sqrt(_dot(normal, normal))
     metric = [local[j] * row[12 + j] for j in range(3)]
@@ -244,50 +223,17 @@ def _illuminate(stage: Stage, points: Points, view: np.ndarray) -> tuple[np.ndar
     gloss = stage.materials.gloss.astype(np.float32)[points.material]
     shiny = np.flatnonzero(gloss > 0)
     exponent = stage.materials.shininess.astype(np.float32)[points.material[shiny]]
-    for k in range(len(stage.lights.rays)):
-        way = stage.lights.rays.origin[k].astype(np.float32)[:, None] - points.position
-        distance = np.sqrt(_dot(way, way))
-        way /= distance
-        cosine = np.maximum(_dot(points.normal, way), 0)
-        strength = _lit(stage.lights, k, points)
-        if np.isfinite(stage.lights.reach[k]):
-            reach = np.float32(stage.lights.reach[k])
-            strength = strength / (1 + (distance / reach) ** 2)
-        color = stage.lights.color[k].astype(np.float32)[:, None]
+    for k, lamp in enumerate(stage.lights.lamps):
+        way, strength = lighting.arriving(stage.lights, k, points.position, points.normal)
+        wrap = np.float32(lamp.wrap)
+        cosine = np.maximum(_dot(points.normal, way) + wrap, 0) / (1 + wrap)
+        color = lamp.color.astype(np.float32)[:, None]
         light += color * (strength * cosine)
-        if len(shiny):
+        if len(shiny) and not lamp.wrap:
             half = way[:, shiny] - view[:, shiny]
             cosine = np.maximum(_dot(half, points.normal[:, shiny]), 0) / np.sqrt(_dot(half, half))
-            glint = gloss[shiny] * cosine**exponent * strength[shiny]
-            shine[:, shiny] += color * glint
+            shine[:, shiny] += color * (gloss[shiny] * cosine**exponent * strength[shiny])
     return light, shine
-
-
-def _lit(lights: Lights, k: int, points: Points) -> np.ndarray:
-    """Part of light k that reaches points, [n] in [0, 1]; outside its map nothing is shaded."""
-    turn = lights.rays.camera_from_world[k].astype(np.float32)
-    focal, _, centre, _ = lights.rays.intrinsics[k].astype(np.float32)
-    offset = points.position - lights.rays.origin[k].astype(np.float32)[:, None]
-    z = _dot(turn[2], offset)
-    texel = z / focal
-    # Looked up a texel off the surface, so that a surface does not shade itself.
-    offset += points.normal * (1.5 * texel)
-    local = [_dot(turn[j], offset) for j in range(3)]
-    z = np.maximum(local[2], np.float32(1e-6))
-    u, v = (local[j] / z * focal + centre - np.float32(0.5) for j in range(2))
-    inside = (local[2] > 0) & (u > 2) & (v > 2) & (u < SHADOW_SIZE - 3) & (v < SHADOW_SIZE - 3)
-    u, v = np.where(inside, u, 2), np.where(inside, v, 2)
-    depth, lit = lights.maps[k], np.zeros_like(z)
-    z = z - texel
-    for du, dv in _TAPS:
-        x, y = np.floor(u + np.float32(du)), np.floor(v + np.float32(dv))
-        right, down = u + np.float32(du) - x, v + np.float32(dv) - y
-        cell = (y * SHADOW_SIZE + x).astype(np.int64)
-        a, b = (depth[cell] > z), (depth[cell + 1] > z)
-        c, d = depth[cell + SHADOW_SIZE] > z, depth[cell + SHADOW_SIZE + 1] > z
-        lit += (a + right * (b.astype(np.float32) - a)) * (1 - down)
-        lit += (c + right * (d.astype(np.float32) - c)) * down
-    return np.where(inside, lit * np.float32(0.25), 1)
 
 
 def _reflections(stage: Stage, points: Points, view: np.ndarray, facing: np.ndarray):

@@ -10,9 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from nvs_common.data import raycast, rigs, scenery, shading, textures
-from nvs_common.data.raycast import BOX, QUAD, Rays, Solids, Surround
-from nvs_common.data.shading import Lights, Sky, Stage
+from nvs_common.data import lighting, rigs, scenery, textures
+from nvs_common.data.lighting import Lamp, Lights
+from nvs_common.data.raycast import Solids, Surround
+from nvs_common.data.shading import Sky
+from nvs_common.data.shapes import BOX, QUAD
 
 ROOM, DESK, STREET, FIELD, CLUTTER = "room", "desk", "street", "field", "clutter"
 KINDS = (ROOM, DESK, STREET, FIELD, CLUTTER)
@@ -50,79 +52,87 @@ def clear(
 
 def illuminate(rng: np.random.Generator, plan: Plan, solids: Solids) -> tuple[Lights, Sky]:
     """Draws light and sky, and casts the shadows of the solids."""
-    warm = np.array([1.0, 0.86, 0.68])
-    if plan.surround.kind == "open":
-        azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 1.2)
-        way = np.array([np.cos(azimuth), np.sin(azimuth), np.tan(height)])
-        overcast = rng.random() < 0.25
-        power = rng.uniform(0.1, 0.4) if overcast else rng.uniform(1.2, 3.0)
-        target = np.append(plan.stand.target[:2], 0)
-        radius = 0.5 * np.linalg.norm(target - plan.stand.eye) + 9
-        rays = _spot(target + way / np.linalg.norm(way) * 300, target, radius / 300)
-        tint = 1 + (warm - 1) * rng.uniform(0.1, 0.8)
-        lights = [(rays, power * tint, np.inf)]
-        blue = np.array([0.7, 0.85, 1.0])
-        above = rng.uniform(0.5, 0.9) * blue
-        below = rng.uniform(0.15, 0.4) * warm
-    else:
-        low, high = plan.surround.low, plan.surround.high
-        lights = []
-        for _ in range(int(rng.integers(1, 3))):
-            place = low + (high - low) * [*rng.uniform(0.15, 0.85, 2), 0.96]
-            rays = _spot(place, np.append(place[:2] + rng.normal(0, 0.5, 2), low[2]), 2.2)
-            power = rng.uniform(0.6, 2.0)
-            reach = rng.uniform(0.5, 1.5) * (high[2] - low[2])
-            lights.append((rays, power * (1 + (warm - 1) * rng.uniform(0, 1)), reach))
-        tint = 1 + (warm - 1) * rng.uniform(0, 0.6)
-        above, below = rng.uniform(0.3, 0.6) * tint, rng.uniform(0.2, 0.45) * tint
-    sky = _sky(rng, np.stack([below, above]))
-    rays = _stack([light[0] for light in lights])
-    maps = shading.cast_shadows(solids, rays)
-    colors, reach = np.array([c for _, c, _ in lights]), np.array([r for _, _, r in lights])
-    return Lights(rays, colors, reach, maps), sky
+    draw = _daylight if plan.surround.kind == "open" else _lamplight
+    lamps, sky = draw(rng, plan)
+    return lighting.cast(lamps, solids, plan.surround), sky
 
 
-def _spot(eye: np.ndarray, target: np.ndarray, spread: float) -> Rays:
-    """Rays of a light that looks at target; spread is the tangent of half its cone."""
-    size = shading.SHADOW_SIZE
-    eye = eye + [1e-3, 2e-3, 0]
-    k = np.array([size / 2 / spread, size / 2 / spread, size / 2, size / 2])
-    return raycast.pinhole_rays(rigs.look_at(eye, target)[None], k[None], size, size)
+_WARM = np.array([1.0, 0.86, 0.68])
 
 
-def _stack(parts: list[Rays]) -> Rays:
-    names = [f.name for f in dataclasses.fields(Rays)][:-2]
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-    return Rays(*columns, parts[0].height, parts[0].width)
+def _daylight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
+    azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 1.2)
+    way = np.array([np.cos(azimuth), np.sin(azimuth), np.tan(height)])
+    dull = rng.beta(0.5, 0.9)
+    power = rng.uniform(1.5, 3.5) * (1 - dull)
+    target = np.append(plan.stand.target[:2], 0)
+    radius = 0.5 * np.linalg.norm(target - plan.stand.eye) + 9
+    sun = target + way / np.linalg.norm(way) * 300
+    tint = 1 + (_WARM - 1) * rng.uniform(0.1, 0.8)
+    blue = np.array([0.75, 0.88, 1.0])
+    above = rng.uniform(0.55, 0.9) * (blue + dull * (1 - blue))
+    below = rng.uniform(0.12, 0.3) * (0.5 + power * np.sin(height)) * np.array([1.0, 0.95, 0.85])
+    lamps = [
+        Lamp(sun, target, radius / 300, power * tint, soft=1 + int(3 * dull)),
+        Lamp(target + [1, 2, 60], target, radius / 60, 0.6 * above, soft=9, wrap=1.0),
+    ]
+    return lamps, _sky(rng, np.stack([below, 0.4 * above]), above, dull)
 
 
-def _sky(rng: np.random.Generator, ambient: np.ndarray) -> Sky:
-    bright = rng.uniform(0.7, 1.6)
-    blue = np.array([0.10, 0.25, 0.65]) * rng.uniform(0.6, 1.4, 3)
-    grey = np.full(3, 0.7)
-    dull = rng.beta(0.6, 1.2)
-    zenith = bright * (blue + dull * (grey - blue))
-    horizon = bright * np.array([0.62, 0.75, 0.88]) * rng.uniform(0.85, 1.15, 3)
-    hill = np.array([0.06, 0.08, 0.04]) * rng.uniform(0.4, 2.0, 3)
+def _lamplight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
+    low, high = plan.surround.low, plan.surround.high
+    size = high - low
+    tint = 1 + (_WARM - 1) * rng.uniform(0, 0.6)
+    above, below = rng.uniform(0.25, 0.6) * tint, rng.uniform(0.12, 0.35) * tint
+    centre = (low + high) / 2
+    lamps = []
+    for _ in range(int(rng.integers(1, 3))):
+        reach = rng.uniform(0.5, 1.5) * size[2]
+        color = rng.uniform(0.8, 2.4) * (1 + (_WARM - 1) * rng.uniform(0, 1))
+        if rng.random() < 0.35:
+            # Daylight through a window: from the side, cool and soft.
+            eye = low + size * [rng.choice([0.02, 0.98]), rng.uniform(0.1, 0.9), 0.6]
+            color = 1.5 * color * [0.75, 0.9, 1.1]
+            lamps.append(Lamp(eye, centre, 2.0, color, reach + size[0], int(rng.integers(3, 8))))
+        else:
+            eye = low + size * [*rng.uniform(0.15, 0.85, 2), 0.96]
+            floor = np.append(eye[:2] + rng.normal(0, 0.5, 2), low[2])
+            lamps.append(Lamp(eye, floor, 2.2, color, reach, int(rng.integers(1, 5))))
+    top = centre + [0.01, 0.02, 0.49 * size[2]]
+    lamps.append(Lamp(top, centre, 2.5, 0.6 * above, soft=9, wrap=1.0))
+    sky = _sky(rng, np.stack([below, 0.4 * above]), above, 0.0)
+    return lamps, dataclasses.replace(sky, haze=np.inf)
+
+
+def _sky(rng, ambient: np.ndarray, above: np.ndarray, dull: float) -> Sky:
+    bright = rng.uniform(1.0, 1.8) * above.mean()
+    blue = np.array([0.16, 0.36, 0.8]) * rng.uniform(0.8, 1.25, 3)
+    zenith = bright * (blue + dull * (0.9 - blue))
+    horizon = bright * np.array([0.8, 0.92, 1.0]) ** (1 - dull) * rng.uniform(0.95, 1.05, 3)
+    hill = np.array([0.06, 0.08, 0.04]) * rng.uniform(0.5, 2.5, 3)
     source = textures.atlas()
     rows = np.array([rng.choice(source.find("fractal")), rng.choice(source.find("foliage"))])
-    cloud = np.full(3, bright * rng.uniform(0.8, 1.2))
+    cloud = np.full(3, bright * rng.uniform(1.0, 1.4))
     cover, skyline = rng.uniform(0.1, 0.7), rng.uniform(0.01, 0.12)
-    return Sky(zenith, horizon, cloud, hill, ambient, cover, skyline, rows)
+    haze = np.exp(rng.uniform(np.log(60), np.log(600))) if rng.random() < 0.5 else np.inf
+    return Sky(zenith, horizon, cloud, hill, ambient, cover, skyline, rows, haze)
 
 
 _INDOOR = (
     scenery.crate, scenery.crate, scenery.ball, scenery.vessel, scenery.table, scenery.table,
     scenery.shelf, scenery.shelf, scenery.plant, scenery.lamp, scenery.panel, scenery.papers,
-    scenery.fence,
+    scenery.fence, scenery.chair, scenery.chair, scenery.cable, scenery.silhouette,
+    scenery.screen,
 )  # fmt: skip
 _DESKTOP = (
     scenery.crate, scenery.crate, scenery.ball, scenery.vessel, scenery.vessel, scenery.vessel,
     scenery.papers, scenery.papers, scenery.plant, scenery.panel, scenery.lamp, scenery.fence,
+    scenery.cable, scenery.cable, scenery.screen, scenery.silhouette,
 )  # fmt: skip
 _OUTDOOR = (
-    scenery.crate, scenery.ball, scenery.plant, scenery.plant, scenery.fence, scenery.lamp,
-    scenery.panel, scenery.tree, scenery.tree, scenery.vessel,
+    scenery.crate, scenery.ball, scenery.plant, scenery.bush, scenery.bush, scenery.bush,
+    scenery.fence, scenery.lamp, scenery.panel, scenery.tree, scenery.tree, scenery.vessel,
+    scenery.silhouette,
 )  # fmt: skip
 
 

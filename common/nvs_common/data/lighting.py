@@ -1,0 +1,136 @@
+"""Lamps, suns and soft light from above, with filtered shadow maps.
+
+A light sees the scene like a camera. Its map keeps the blurred mean and mean square of depth;
+from the two follows a bound on how much of a neighbourhood is nearer than a point (Chebyshev's
+inequality), which is a soft-edged shadow at the price of one look-up. Dimension key: k lights,
+n points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from nvs_common.data import raycast, rigs
+from nvs_common.data.raycast import Rays, Solids, Surround
+
+SHADOW_SIZE = 320
+
+
+@dataclasses.dataclass(frozen=True)
+class Lamp:
+    """One light before shadows are cast.
+
+    Attributes:
+      eye, target: [3] where it is and looks.
+      spread: tangent of half its cone; outside the cone nothing is shaded.
+      color: [3] linear.
+      reach: distance at which its light has halved; infinite for a sun.
+      soft: radius of the blur of its shadows in texels of the map.
+      wrap: 0 lights by the cosine of incidence, 1 like a hemisphere of light.
+    """
+
+    eye: np.ndarray
+    target: np.ndarray
+    spread: float
+    color: np.ndarray
+    reach: float = np.inf
+    soft: int = 1
+    wrap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lights:
+    """Lights with their shadow maps.
+
+    Attributes:
+      lamps: k lights.
+      rays: k views from them.
+      middle: [k] depth that the maps count from.
+      moments: [k, SHADOW_SIZE^2, 2] blurred depth and depth squared, float32.
+    """
+
+    lamps: tuple[Lamp, ...]
+    rays: Rays
+    middle: np.ndarray
+    moments: np.ndarray
+
+
+def cast(lamps: list[Lamp], solids: Solids, surround: Surround) -> Lights:
+    """Renders the shadow maps of lights."""
+    half = SHADOW_SIZE / 2
+    poses = rigs.look_at(np.array([a.eye for a in lamps]), np.array([a.target for a in lamps]))
+    k = np.array([[half / lamp.spread, half / lamp.spread, half, half] for lamp in lamps])
+    rays = raycast.pinhole_rays(poses, k, SHADOW_SIZE, SHADOW_SIZE)
+    depth = raycast.trace(solids, surround, rays, np.zeros((1, 2))).depth
+    depth = depth.reshape(len(lamps), SHADOW_SIZE, SHADOW_SIZE)
+    # Counted from the middle, the square of a sun's far distance keeps its digits.
+    middle = np.median(depth, axis=(1, 2))
+    depth = depth - middle[:, None, None]
+    moments = np.stack([depth, depth * depth], axis=-1)
+    blurred = [_blur(m, lamp.soft) for m, lamp in zip(moments, lamps, strict=True)]
+    return Lights(tuple(lamps), rays, middle, np.stack(blurred).reshape(len(lamps), -1, 2))
+
+
+def _blur(image: np.ndarray, radius: int) -> np.ndarray:
+    """Twice a box filter of 2 * radius + 1 on [h, w, c], as differences of running sums."""
+    for _ in range(2):
+        for axis in (0, 1):
+            pad = [(radius + 1, radius) if a == axis else (0, 0) for a in range(image.ndim)]
+            total = np.cumsum(np.pad(image, pad, mode="edge"), axis=axis, dtype=np.float64)
+            total = np.moveaxis(total, axis, 0)
+            box = (total[2 * radius + 1 :] - total[: -2 * radius - 1]) / (2 * radius + 1)
+            image = np.moveaxis(box, 0, axis).astype(np.float32)
+    return np.ascontiguousarray(image)
+
+
+def arriving(
+    lights: Lights, k: int, position: np.ndarray, normal: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Light of lamp k at points with position and normal [3, n].
+
+    Returns:
+      direction to the lamp [3, n] of unit length, and strength [n]: shadow and fall-off,
+      without the cosine of incidence.
+    """
+    lamp = lights.lamps[k]
+    way = lamp.eye.astype(np.float32)[:, None] - position
+    distance = np.sqrt(way[0] * way[0] + way[1] * way[1] + way[2] * way[2])
+    way /= distance
+    strength = _unshadowed(lights, k, position, normal)
+    if np.isfinite(lamp.reach):
+        strength = strength / (1 + (distance * np.float32(1 / lamp.reach)) ** 2)
+    return way, strength
+
+
+def _unshadowed(lights: Lights, k: int, position: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """Part of lamp k that reaches points, [n] in [0, 1]."""
+    turn = lights.rays.camera_from_world[k].astype(np.float32)
+    focal, _, centre, _ = lights.rays.intrinsics[k].astype(np.float32)
+    offset = position - lights.rays.origin[k].astype(np.float32)[:, None]
+    texel = (turn[2] @ offset) / focal
+    # Looked up a little off the surface, so that a surface does not shade itself.
+    offset += normal * (1.5 * texel)
+    x, y, z = turn @ offset
+    scale = focal / np.maximum(z, np.float32(1e-6))
+    u, v = x * scale + (centre - np.float32(0.5)), y * scale + (centre - np.float32(0.5))
+    last = SHADOW_SIZE - 2
+    inside = (z > 0) & (u > 0) & (v > 0) & (u < last) & (v < last)
+    u, v = np.where(inside, u, 0), np.where(inside, v, 0)
+    column, row = u.astype(np.int64), v.astype(np.int64)
+    right, down = (u - column)[:, None], (v - row)[:, None]
+    moments, cell = lights.moments[k], row * SHADOW_SIZE + column
+    upper = moments[cell]
+    upper += right * (moments[cell + 1] - upper)
+    lower = moments[cell + SHADOW_SIZE]
+    lower += right * (moments[cell + SHADOW_SIZE + 1] - lower)
+    upper += down * (lower - upper)
+    mean, square = upper[:, 0], upper[:, 1]
+    texel = np.abs(texel)
+    behind = np.maximum(z - np.float32(lights.middle[k]) - mean - texel, 0)
+    variance = np.maximum(square - mean * mean, texel * texel)
+    part = variance / (variance + behind * behind)
+    # The bound is never quite zero: what is nearly dark is dark.
+    part = np.clip((part - np.float32(0.15)) * np.float32(1 / 0.85), 0, 1)
+    return np.where(inside, part, 1).astype(np.float32, copy=False)
