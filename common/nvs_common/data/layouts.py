@@ -16,7 +16,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-from nvs_common.data import array_formats, colmap_format, json_formats, scene_files
+from nvs_common.data import array_formats, colmap_format, images, json_formats, scene_files
 from nvs_common.data.scene_formats import Loaded, Options
 from nvs_common.errors import InputError
 
@@ -102,7 +102,12 @@ def _bind(read: Callable[[pathlib.Path, Options], Loaded], file: pathlib.Path) -
 def _clip_folder(path: pathlib.Path) -> Reader | None:
     """A folder of RealEstate10K frames: <clip>.txt beside it, or one camera file inside."""
     beside = path.with_name(path.name + ".txt")
-    texts = [beside] if beside.is_file() else sorted(path.glob("*.txt"))
+    texts = [beside]
+    if not beside.is_file():
+        inside = scene_files.entries(path)
+        # Text files without frames next to them are those of a folder of clips.
+        texts = [file for file in inside if file.suffix == ".txt"]
+        texts = texts if any(images.is_image(file) for file in inside) else []
     if len(texts) == 1 and _is_clip(texts[0]):
         return lambda options: array_formats.read_realestate(texts[0], path, options)
     return None

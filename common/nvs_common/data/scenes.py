@@ -134,7 +134,7 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
     limits = depth_bounds.from_points(scene.frames, points, unseen)
     if limits is None:
         return scene
-    cameras = scene.cameras.replace(near=limits[:, 0], far=limits[:, 1])
+    cameras = dataclasses.replace(scene.cameras, near=limits[:, 0], far=limits[:, 1])
     return dataclasses.replace(scene, cameras=cameras, bounds=depth_bounds.FROM_IMAGES)
 
 
@@ -196,7 +196,9 @@ def _assemble(scene: Scene, windows: Sequence[Window], height: int, width: int) 
         images.fit_intrinsics(frame.intrinsics, window, height, width)
         for frame, window in zip(scene.frames, windows, strict=True)
     ]
-    cameras = scene.cameras.replace(intrinsics=np.stack(intrinsics), height=height, width=width)
+    cameras = dataclasses.replace(
+        scene.cameras, intrinsics=np.stack(intrinsics), height=height, width=width
+    )
     return dataclasses.replace(scene, cameras=cameras, windows=tuple(windows))
 
 
