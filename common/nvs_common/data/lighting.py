@@ -15,8 +15,6 @@ import numpy as np
 from nvs_common.data import raycast, rigs
 from nvs_common.data.raycast import Rays, Solids, Surround
 
-SHADOW_SIZE = 320
-
 
 @dataclasses.dataclass(frozen=True)
 class Lamp:
@@ -28,6 +26,7 @@ class Lamp:
       color: [3] linear.
       reach: distance at which its light has halved; infinite for a sun.
       soft: radius of the blur of its shadows in texels of the map.
+      size: texels across the shadow map.
       wrap: 0 lights by the cosine of incidence, 1 like a hemisphere of light.
     """
 
@@ -37,6 +36,7 @@ class Lamp:
     color: np.ndarray
     reach: float = np.inf
     soft: int = 1
+    size: int = 256
     wrap: float = 0.0
 
 
@@ -46,42 +46,44 @@ class Lights:
 
     Attributes:
       lamps: k lights.
-      rays: k views from them.
-      middle: [k] depth that the maps count from.
-      moments: [k, SHADOW_SIZE^2, 2] blurred depth and depth squared, float32.
+      views: the view from each.
+      middle: the depth that each map counts from.
+      moments: [size^2, 2] of each: blurred depth and depth squared, float32.
     """
 
     lamps: tuple[Lamp, ...]
-    rays: Rays
-    middle: np.ndarray
-    moments: np.ndarray
+    views: tuple[Rays, ...]
+    middle: tuple[float, ...]
+    moments: tuple[np.ndarray, ...]
 
 
 def cast(lamps: list[Lamp], solids: Solids, surround: Surround) -> Lights:
     """Renders the shadow maps of lights."""
-    half = SHADOW_SIZE / 2
-    poses = rigs.look_at(np.array([a.eye for a in lamps]), np.array([a.target for a in lamps]))
-    k = np.array([[half / lamp.spread, half / lamp.spread, half, half] for lamp in lamps])
-    rays = raycast.pinhole_rays(poses, k, SHADOW_SIZE, SHADOW_SIZE)
-    depth = raycast.trace(solids, surround, rays, np.zeros((1, 2))).depth
-    depth = depth.reshape(len(lamps), SHADOW_SIZE, SHADOW_SIZE)
-    # Counted from the middle, the square of a sun's far distance keeps its digits.
-    middle = np.median(depth, axis=(1, 2))
-    depth = depth - middle[:, None, None]
-    moments = np.stack([depth, depth * depth], axis=-1)
-    blurred = [_blur(m, lamp.soft) for m, lamp in zip(moments, lamps, strict=True)]
-    return Lights(tuple(lamps), rays, middle, np.stack(blurred).reshape(len(lamps), -1, 2))
+    views, middles, maps = [], [], []
+    for lamp in lamps:
+        half = lamp.size / 2
+        pose = rigs.look_at(lamp.eye, lamp.target)[None]
+        k = np.array([[half / lamp.spread, half / lamp.spread, half, half]])
+        view = raycast.pinhole_rays(pose, k, lamp.size, lamp.size)
+        depth = raycast.trace(solids, surround, view, np.zeros((1, 2))).depth
+        # Counted from the middle, the square of a sun's far distance keeps its digits.
+        middle = float(np.median(depth))
+        depth = depth.reshape(lamp.size, lamp.size) - np.float32(middle)
+        moments = _blur(np.stack([depth, depth * depth], axis=-1), lamp.soft)
+        views.append(view)
+        middles.append(middle)
+        maps.append(moments.reshape(-1, 2))
+    return Lights(tuple(lamps), tuple(views), tuple(middles), tuple(maps))
 
 
 def _blur(image: np.ndarray, radius: int) -> np.ndarray:
     """Twice a box filter of 2 * radius + 1 on [h, w, c], as differences of running sums."""
-    for _ in range(2):
-        for axis in (0, 1):
-            pad = [(radius + 1, radius) if a == axis else (0, 0) for a in range(image.ndim)]
-            total = np.cumsum(np.pad(image, pad, mode="edge"), axis=axis, dtype=np.float64)
-            total = np.moveaxis(total, axis, 0)
-            box = (total[2 * radius + 1 :] - total[: -2 * radius - 1]) / (2 * radius + 1)
-            image = np.moveaxis(box, 0, axis).astype(np.float32)
+    for axis in (0, 1, 0, 1):
+        image = np.moveaxis(image, axis, 0)
+        padded = np.pad(image, [(radius + 1, radius), (0, 0), (0, 0)], mode="edge")
+        total = np.cumsum(padded, axis=0, dtype=np.float64)
+        box = (total[2 * radius + 1 :] - total[: -2 * radius - 1]) / (2 * radius + 1)
+        image = np.moveaxis(box.astype(np.float32), 0, axis)
     return np.ascontiguousarray(image)
 
 
@@ -106,25 +108,26 @@ def arriving(
 
 def _unshadowed(lights: Lights, k: int, position: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Part of lamp k that reaches points, [n] in [0, 1]."""
-    turn = lights.rays.camera_from_world[k].astype(np.float32)
-    focal, _, centre, _ = lights.rays.intrinsics[k].astype(np.float32)
-    offset = position - lights.rays.origin[k].astype(np.float32)[:, None]
+    turn = lights.views[k].camera_from_world[0].astype(np.float32)
+    focal, _, centre, _ = lights.views[k].intrinsics[0].astype(np.float32)
+    offset = position - lights.views[k].origin[0].astype(np.float32)[:, None]
     texel = (turn[2] @ offset) / focal
     # Looked up a little off the surface, so that a surface does not shade itself.
     offset += normal * (1.5 * texel)
     x, y, z = turn @ offset
     scale = focal / np.maximum(z, np.float32(1e-6))
     u, v = x * scale + (centre - np.float32(0.5)), y * scale + (centre - np.float32(0.5))
-    last = SHADOW_SIZE - 2
+    size = lights.lamps[k].size
+    last = size - 2
     inside = (z > 0) & (u > 0) & (v > 0) & (u < last) & (v < last)
     u, v = np.where(inside, u, 0), np.where(inside, v, 0)
     column, row = u.astype(np.int64), v.astype(np.int64)
     right, down = (u - column)[:, None], (v - row)[:, None]
-    moments, cell = lights.moments[k], row * SHADOW_SIZE + column
+    moments, cell = lights.moments[k], row * size + column
     upper = moments[cell]
     upper += right * (moments[cell + 1] - upper)
-    lower = moments[cell + SHADOW_SIZE]
-    lower += right * (moments[cell + SHADOW_SIZE + 1] - lower)
+    lower = moments[cell + size]
+    lower += right * (moments[cell + size + 1] - lower)
     upper += down * (lower - upper)
     mean, square = upper[:, 0], upper[:, 1]
     texel = np.abs(texel)

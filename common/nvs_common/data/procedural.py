@@ -195,7 +195,7 @@ def _make_scene(world: World, index: int) -> ProceduralScene:
     plan = stages.furnish(rng, str(rng.choice(world.kinds)))
     solids, group = plan.builder.solids()
     stand = plan.stand
-    reach = np.linalg.norm(stand.target - stand.eye)
+    reach = float(np.linalg.norm(stand.target - stand.eye))
     solids, group = stages.clear(solids, group, stand.eye[None], 0.12 * reach)
     k = rigs.intrinsics(rng, rng.uniform(*world.fov), world.height, world.width)
     small = _sparse(rigs.look_at(stand.eye, stand.target)[None], k, world)
@@ -231,19 +231,16 @@ def _depth(solids, surround, rays: Rays) -> np.ndarray:
 
 def _look(rng: np.random.Generator, world: World, stage: Stage, rays: Rays) -> Look:
     """Exposes for the middle view."""
-    view = len(rays) // 2
-    one = raycast.Rays(
-        *(getattr(rays, f.name)[[view]] for f in dataclasses.fields(Rays)[:6]),
-        rays.height,
-        rays.width,
-    )
+    one = rays.view(len(rays) // 2)
     hits = raycast.trace(stage.solids, stage.surround, one, _SAMPLES)
     light = _render(stage, one, hits)
-    typical = np.mean(np.minimum(light, 3 * np.median(light)))
-    aim = np.exp(rng.normal(np.log(0.2), 0.35))
-    balance = 1 + rng.normal(0, 0.05, 3)
+    # Between a fixed mean and a fixed highlight, as cameras do.
+    middle, bright = np.mean(light), np.percentile(light, 90)
+    aim = np.exp(rng.normal(0, 0.3)) * np.sqrt(0.19 * 0.55)
+    gain = aim / max(float(np.sqrt(middle * bright)), 1e-4)
+    balance = 1 + rng.normal(0, 0.03, 3)
     return Look(
-        balance * aim / max(float(typical), 1e-4),
+        balance * gain,
         rng.uniform(1.9, 2.4),
         rng.choice([0, rng.uniform(0, 0.35)]),
         world.exposure_jitter,

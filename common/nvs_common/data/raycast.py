@@ -102,6 +102,20 @@ class Rays:
     def __len__(self) -> int:
         return len(self.origin)
 
+    def view(self, index: int) -> Rays:
+        """One of the views."""
+        one = slice(index, index + 1)
+        return Rays(
+            self.origin[one],
+            self.right[one],
+            self.down[one],
+            self.corner[one],
+            self.camera_from_world[one],
+            self.intrinsics[one],
+            self.height,
+            self.width,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Hits:
@@ -284,18 +298,16 @@ def _trace_surround(surround: Surround, rays: Rays, offsets: np.ndarray, first_c
 
 
 def _inside_box(surround: Surround, origin: np.ndarray, d) -> tuple[np.ndarray, np.ndarray]:
-    depth, side = None, None
+    depth = np.full(d[0].shape, np.inf, np.float32)
+    side = np.zeros(d[0].shape, np.int64)
     for axis in range(3):
         to_low = (surround.low[axis] - origin[:, axis]).astype(np.float32)[:, None, None, None]
         to_high = (surround.high[axis] - origin[:, axis]).astype(np.float32)[:, None, None, None]
         upper = d[axis] > 0
         with np.errstate(divide="ignore"):
             reach = np.where(upper, to_high, to_low) / d[axis]
-        if depth is None:
-            depth, side = reach, upper.astype(np.int64)
-        else:
-            side = np.where(reach < depth, 2 * axis + upper, side)
-            depth = np.minimum(depth, reach)
+        side = np.where(reach < depth, 2 * axis + upper, side)
+        depth = np.minimum(depth, reach)
     return depth, side
 
 

@@ -92,6 +92,8 @@ class Builder:
           glow: light given off.
         """
         rng, source = self.rng, textures.atlas()
+        if not names and rng.random() < 0.3:
+            names = ("plain",)
         main = int(rng.choice(source.find(*names) if names else len(source.names)))
         first = color(rng) if base is None else np.asarray(base, float)
         if source.style[main] == textures.PICTURE:
@@ -101,12 +103,12 @@ class Builder:
             middle = np.full(3, rng.uniform(0.42, 0.6))
         else:
             second = color(rng)
-            contrast = rng.beta(1.5, 1.5)
+            contrast = rng.beta(1.2, 2.2)
             swing = contrast * (second - first)
             if names and base is not None:
                 swing = 0.6 * swing - 0.25 * first
             fine = rng.uniform(0, 0.25) * first
-            broad = rng.uniform(0, 0.5) * (color(rng) - first)
+            broad = rng.uniform(0, 0.35) * (color(rng) - first)
             mix = np.stack([swing, fine, broad])
             middle = first + 0.5 * swing
         tiles = np.array([rng.uniform(0.5, 2.0), rng.uniform(0.2, 6.0)]) / size

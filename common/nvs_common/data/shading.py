@@ -165,6 +165,7 @@ def _solid_points(solids: Solids, surface: np.ndarray, position: np.ndarray) -> 
     unit.append(np.where(curved, np.where(cylinder, 0, local[2]), (axis == 2) * np.sign(local[2])))
     # Flat shapes have no inside: any sign will do, but not zero.
     unit[2] = np.where((kind >= shapes.QUAD), np.float32(1), unit[2]).astype(np.float32)
+    unit = np.stack(unit)
     normal = np.stack([_dot(row[j:9:3], unit) for j in range(3)])
     normal /= np.sqrt(_dot(normal, normal))
     metric = [local[j] * row[12 + j] for j in range(3)]

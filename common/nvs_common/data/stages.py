@@ -66,7 +66,7 @@ def _daylight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
     dull = rng.beta(0.5, 0.9)
     power = rng.uniform(1.5, 3.5) * (1 - dull)
     target = np.append(plan.stand.target[:2], 0)
-    radius = 0.5 * np.linalg.norm(target - plan.stand.eye) + 9
+    radius = 0.5 * float(np.linalg.norm(target - plan.stand.eye)) + 9
     sun = target + way / np.linalg.norm(way) * 300
     tint = 1 + (_WARM - 1) * rng.uniform(0.1, 0.8)
     blue = np.array([0.75, 0.88, 1.0])
@@ -74,7 +74,7 @@ def _daylight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
     below = rng.uniform(0.12, 0.3) * (0.5 + power * np.sin(height)) * np.array([1.0, 0.95, 0.85])
     lamps = [
         Lamp(sun, target, radius / 300, power * tint, soft=1 + int(3 * dull)),
-        Lamp(target + [1, 2, 60], target, radius / 60, 0.6 * above, soft=9, wrap=1.0),
+        Lamp(target + [1, 2, 60], target, radius / 60, 0.6 * above, soft=3, size=112, wrap=1.0),
     ]
     return lamps, _sky(rng, np.stack([below, 0.4 * above]), above, dull)
 
@@ -93,13 +93,14 @@ def _lamplight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
             # Daylight through a window: from the side, cool and soft.
             eye = low + size * [rng.choice([0.02, 0.98]), rng.uniform(0.1, 0.9), 0.6]
             color = 1.5 * color * [0.75, 0.9, 1.1]
-            lamps.append(Lamp(eye, centre, 2.0, color, reach + size[0], int(rng.integers(3, 8))))
+            soft = int(rng.integers(2, 5))
+            lamps.append(Lamp(eye, centre, 2.0, color, reach + size[0], soft, 160))
         else:
             eye = low + size * [*rng.uniform(0.15, 0.85, 2), 0.96]
             floor = np.append(eye[:2] + rng.normal(0, 0.5, 2), low[2])
             lamps.append(Lamp(eye, floor, 2.2, color, reach, int(rng.integers(1, 5))))
     top = centre + [0.01, 0.02, 0.49 * size[2]]
-    lamps.append(Lamp(top, centre, 2.5, 0.6 * above, soft=9, wrap=1.0))
+    lamps.append(Lamp(top, centre, 2.5, 0.6 * above, soft=3, size=112, wrap=1.0))
     sky = _sky(rng, np.stack([below, 0.4 * above]), above, 0.0)
     return lamps, dataclasses.replace(sky, haze=np.inf)
 

@@ -133,6 +133,17 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
     return np.meshgrid(x, x)
 
 
+def _window(center, reach: float):
+    """A wrapped square about a point in [0, 1)^2: its index, and offsets [m, m] from the point."""
+    half = min(int(np.ceil(reach * SIZE)), SIZE // 2 - 1)
+    steps = np.arange(-half, half + 1)
+    column, row = (int(c * SIZE) for c in center)
+    dx = ((column + steps + 0.5) / SIZE - center[0])[None]
+    dy = ((row + steps + 0.5) / SIZE - center[1])[:, None]
+    index = np.ix_((row + steps) % SIZE, (column + steps) % SIZE)
+    return index, *np.broadcast_arrays(dx, dy)
+
+
 def _warped(rng, image: np.ndarray, amount: float) -> np.ndarray:
     """An image moved about by smooth noise; amount in texels."""
     rows, columns = np.indices((SIZE, SIZE))
@@ -218,17 +229,21 @@ def _dots(rng):
 def _cells(rng):
     """Stones, gravel, tiles: the cells around scattered points."""
     count = int(rng.choice([40, 150, 500]))
-    points = rng.random((count, 2))
-    x, y = _grid()
+    # One in each square of a grid, anywhere in it: scattered without holes.
+    side = int(np.sqrt(count))
+    corner = np.stack(np.divmod(np.arange(side * side), side), axis=-1)
+    points = (corner + rng.random((side * side, 2))) / side
+    count, x = side * side, _grid()[0]
     nearest = np.full(x.shape, 9.0)
     second, owner = nearest.copy(), np.zeros(x.shape, int)
-    for index, (px, py) in enumerate(points):
-        dx, dy = np.abs(x - px), np.abs(y - py)
-        distance = np.hypot(np.minimum(dx, 1 - dx), np.minimum(dy, 1 - dy))
-        closer = distance < nearest
-        second = np.where(closer, nearest, np.minimum(second, distance))
-        owner[closer] = index
-        nearest = np.where(closer, distance, nearest)
+    for index, point in enumerate(points):
+        # No cell reaches farther than a few mean spacings from its point.
+        window, dx, dy = _window(point, 3.5 / np.sqrt(count))
+        distance, best = np.hypot(dx, dy), nearest[window]
+        closer = distance < best
+        second[window] = np.where(closer, best, np.minimum(second[window], distance))
+        owner[window] = np.where(closer, index, owner[window])
+        nearest[window] = np.minimum(distance, best)
     gap = (second - nearest) * np.sqrt(count)
     tone = np.clip(rng.normal(0.55, 0.2, count), 0, 1)[owner]
     return _pattern(rng, tone * np.clip(0.25 + 3 * gap, 0, 1), 0.25)
@@ -284,26 +299,25 @@ def _colors(rng, count: int) -> np.ndarray:
 def _leaves(rng):
     """Dead leaves: opaque shapes of all sizes on top of one another, as in natural images."""
     image = np.repeat(np.repeat(_colors(rng, 1), SIZE, 0)[None], SIZE, 0)
-    x, y = _grid()
-    count = 220
+    count = 400
+    # Radii with a density of r^-3: as many small ones in a small area as large ones in a large.
     size = np.sort((0.012**-2 + rng.random(count) * (0.25**-2 - 0.012**-2)) ** -0.5)[::-1]
     colors = _colors(rng, count)
     boxy = rng.random() < 0.5
     for index in range(count):
-        dx = (x - rng.random() + 0.5) % 1 - 0.5
-        dy = (y - rng.random() + 0.5) % 1 - 0.5
+        window, dx, dy = _window(rng.random(2), 2.2 * size[index])
         angle = rng.uniform(0, np.pi) * (0.2 if boxy else 1)
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
         u, v = u / size[index], v / size[index] / rng.uniform(0.4, 1.5)
         inside = (np.maximum(np.abs(u), np.abs(v)) if boxy else np.hypot(u, v)) < 1
         ramp = 1 + 0.25 * np.clip(u, -1, 1)[..., None]
-        image = np.where(inside[..., None], colors[index] * ramp, image)
+        image[window] = np.where(inside[..., None], colors[index] * ramp, image[window])
     return image * (0.8 + 0.4 * _noise(rng, 0.9)[..., None])
 
 
 def _spines(rng):
     """Rows of books or goods on a shelf."""
-    image = np.zeros((SIZE, SIZE, 3))
+    image = np.full((SIZE, SIZE, 3), 0.16)
     rows = int(rng.choice([1, 2, 3]))
     for row in range(rows):
         top, bottom = row * SIZE // rows, (row + 1) * SIZE // rows
