@@ -7,7 +7,9 @@ one that does not restore to its digests is set aside as `N.bad` and the one bef
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import options as ocp_options
 
@@ -24,6 +28,7 @@ from nvs_common import digests, errors, runs
 from nvs_common.types import Variables
 
 FOLDER = "checkpoints"
+FORMAT = "viewsynth-jax variables 1"
 _log = logging.getLogger(__name__)
 
 # Not signs of a damaged file: the machine is short of something, and the step must stay.
@@ -254,6 +259,55 @@ def load_variables(
     finally:
         store.close()
     return runs.from_json(config), variables
+
+
+def export_params(path: str | pathlib.Path, config: runs.Config, variables: Variables) -> None:
+    """Writes variables to one safetensors file that also holds the config and digests.
+
+    Args:
+      path: file to write, whole or not at all.
+      config: the config that makes the task.
+      variables: {"params", collections}, nested dicts of arrays.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in flat.items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(runs.to_json(config)),
+        "digests": json.dumps(digests.of_tree(variables)),
+    }
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def import_params(path: str | pathlib.Path) -> tuple[runs.Config, Variables]:
+    """Reads what `export_params` wrote: (config, variables).
+
+    Raises:
+      InputError: no such file, not such a file, or its content is damaged.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise errors.InputError(f"{path}: no such file; pass one written by export_params.")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as e:
+        raise errors.InputError(f"{path}: not a whole safetensors file ({e}).") from e
+    if metadata.get("format") != FORMAT:
+        raise errors.InputError(
+            f"{path}: its metadata says format {metadata.get('format')!r}, {FORMAT!r} is needed; "
+            "convert foreign weights with launch/convert.py."
+        )
+    variables = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat, sep="/"))
+    fault = digests.first_difference(json.loads(metadata["digests"]), digests.of_tree(variables))
+    if fault:
+        raise errors.InputError(f"{path} is damaged: {fault}; get the file again.")
+    return runs.from_json(json.loads(metadata["config"])), variables
 
 
 def _agreed(ok: bool) -> bool:

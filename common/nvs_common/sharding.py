@@ -152,6 +152,9 @@ def param_specs(
             wrong.append(f"{name} {leaf.shape} has another rank than {tuple(axes[hits[0]])}")
             return P()
         wanted = [_mesh_axes(logical, rules) for logical in axes[hits[0]]]
+        if twice := _used_twice(wanted):
+            wrong.append(f"{name} {tuple(axes[hits[0]])}: two dimensions go to axis {twice!r}")
+            return P()
         return P(*wanted) if mesh is None else _fit(name, leaf.shape, wanted, mesh)
 
     specs = jax.tree_util.tree_map_with_path(one, params)
@@ -186,8 +189,17 @@ def _mesh_axes(name: str | None, rules: Rules) -> str | tuple[str, ...] | None:
 
 
 def _divides(dim: int, axes: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> bool:
-    names = (axes,) if isinstance(axes, str) else (axes or ())
-    return dim % math.prod(sizes[name] for name in names) == 0
+    return dim % math.prod(sizes[name] for name in _as_tuple(axes)) == 0
+
+
+def _used_twice(wanted: Sequence[str | tuple[str, ...] | None]) -> str | None:
+    """A mesh axis that two dimensions ask for, if there is one."""
+    used = [axis for part in wanted for axis in _as_tuple(part)]
+    return next((axis for axis in used if used.count(axis) > 1), None)
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else (axes or ())
 
 
 def _fit(name: str, shape: tuple[int, ...], wanted: Sequence[Any], mesh: Mesh) -> P:

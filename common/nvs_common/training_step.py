@@ -141,7 +141,7 @@ def make_step(task: Task, tx: optax.GradientTransformation, config: runs.Config)
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(_keys(config)[1], state.step)
         (loss, aux), grads = _gradient(task, state, batch, key, config.accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         moved = _update(state, tx, grads, aux.collections, config.ema)
         # Selected leaf by leaf: what a bad gradient made of the new values is never looked at.

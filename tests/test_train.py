@@ -1,0 +1,309 @@
+"""One step on any mesh, the loop, and what a run leaves behind."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import time
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from nvs_common import errors, feed, optim, sharding, train, training_step
+from tests import toy
+
+ONE = jax.devices()[:1]
+CUBE = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+
+
+def run(config, batches, devices=None, task=None):
+    """States and metrics of the steps on these batches, without the loop."""
+    task = task or toy.task()
+    tx = optim.make(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    states, metrics = [], []
+    with jax.set_mesh(mesh), sharding.axis_rules():
+        spec = feed.abstract(batches[0], mesh)
+        abstract = training_step.abstract_state(task, tx, config, spec, mesh)
+        init = jax.jit(
+            lambda b: training_step.init_state(task, tx, config, b),
+            out_shardings=training_step.layout(abstract),
+        )
+        step = training_step.compile_step(task, tx, config, abstract, mesh)
+        state = init(feed.to_global(batches[0], mesh))
+        states.append(jax.device_get(state))
+        for batch in batches:
+            state, values = step(state, feed.to_global(batch, mesh))
+            states.append(jax.device_get(state))
+            metrics.append(jax.device_get(values))
+        assert jax.tree.map(lambda x: x.sharding, state) == training_step.layout(abstract)
+    return states, metrics
+
+
+def some(count, **changes):
+    return list(itertools.islice(toy.batches(**changes), count))
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_trees_close(a, b, tolerance=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b)
+
+
+@pytest.mark.parametrize("mesh", [{"mesh.data": 8}, CUBE], ids=["data8", "data2fsdp2tensor2"])
+def test_eight_devices_make_the_same_steps_as_one(mesh):
+    changes = {"ema": 0.9, "accumulate": 1}
+    one, _ = run(toy.config(**changes), some(4), ONE)
+    many, _ = run(toy.config(**changes, **mesh), some(4))
+    assert_trees_close(one[0].params, many[0].params, 1e-7)
+    assert_trees_close(one[-1], many[-1])
+
+
+def test_parameters_and_moments_lie_where_their_axes_say():
+    config, task = toy.config(**CUBE, ema=0.9), toy.task()
+    mesh, tx = sharding.make_mesh(config.mesh), optim.make(config)
+    spec = feed.abstract(some(1)[0], mesh)
+    state = training_step.abstract_state(task, tx, config, spec, mesh)
+    kernel = state.params["hidden"]["kernel"].sharding
+    assert kernel.spec == jax.P("fsdp", "tensor")
+    moment = [
+        leaf.sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "mu" in str(path) and "hidden" in str(path) and "kernel" in str(path)
+    ]
+    assert moment == [kernel]
+    assert state.ema_params["hidden"]["kernel"].sharding == kernel
+
+
+@pytest.mark.parametrize("mesh", [{}, CUBE], ids=["one", "data2fsdp2tensor2"])
+def test_accumulation_makes_the_steps_of_the_whole_batch(mesh):
+    devices = None if mesh else ONE
+    whole, _ = run(toy.config(**mesh), some(3), devices)
+    parts, metrics = run(toy.config(**mesh, accumulate=2), some(3), devices)
+    assert_trees_close(whole[-1].params, parts[-1].params)
+    # Both microbatches were counted by the collection.
+    assert parts[-1].collections["counts"]["scenes"] == 3 * 8
+    assert_trees_close(metrics[0]["loss"], run(toy.config(), some(1), ONE)[1][0]["loss"])
+
+
+def test_a_step_with_nan_changes_nothing_but_counters():
+    good = some(2)
+    bad = dataclasses.replace(good[0], target=toy.views(np.full((8, 1, 4, 4, 3), np.nan, "f4")))
+    states, metrics = run(toy.config(ema=0.9), [good[0], bad, bad, good[1]], ONE)
+    fields = ("params", "opt_state", "ema_params", "collections")
+    for skipped in states[2:4]:
+        for name in fields:
+            assert_trees_equal(getattr(states[1], name), getattr(skipped, name))
+    assert [int(s.skipped) for s in states] == [0, 0, 1, 2, 2]
+    assert [int(s.skipped_in_row) for s in states] == [0, 0, 1, 2, 0]
+    assert [int(m["skipped"]) for m in metrics] == [0, 1, 1, 0]
+    # The step after it is applied, and is the one that would have been made without them.
+    without, _ = run(toy.config(ema=0.9), good, ONE)
+    assert_trees_equal(without[-1].params, states[-1].params)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
+    base = toy.task()
+
+    def loss(variables, batch, key):
+        value, aux = base.loss(variables, batch, key)
+        bias = variables["params"]["image"]["bias"]
+        return value + jnp.sum(jnp.sqrt(jnp.abs(bias * 0))), aux  # gradient 0 * inf
+
+    states, _ = run(toy.config(), some(1), ONE, base._replace(loss=loss))
+    assert int(states[-1].skipped) == 1
+    assert_trees_equal(states[0].params, states[1].params)
+
+
+def test_ema_parameters_follow_the_parameters():
+    states, _ = run(toy.config(ema=0.5), some(3), ONE)
+    average = states[0].params
+    for n, state in enumerate(states[1:]):
+        keep = min(0.5, (1 + n) / (10 + n))
+        average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, state.params)  # noqa: B023
+    assert_trees_close(average, states[-1].ema_params, 1e-6)
+    assert training_step.variables(states[-1])["params"] is states[-1].ema_params
+
+
+def test_the_key_of_a_step_depends_on_seed_and_step_alone():
+    base = toy.task()
+
+    def loss(variables, batch, key):
+        value, aux = base.loss(variables, batch, key)
+        return value, aux.replace(metrics={"draw": jax.random.uniform(key)})
+
+    task = base._replace(loss=loss)
+    _, first = run(toy.config(), some(3), ONE, task)
+    _, again = run(toy.config(**CUBE), some(3), None, task)
+    _, other = run(toy.config(seed=1), some(3), ONE, task)
+    draws = [[float(m["draw"]) for m in ms] for ms in (first, again, other)]
+    assert draws[0] == draws[1] and len(set(draws[0] + draws[2])) == 6
+
+
+def test_a_batch_that_does_not_divide_is_explained():
+    with pytest.raises(errors.InputError, match="batch_size=8 .* = 4 times accumulate=3"):
+        mesh = sharding.make_mesh({"data": 4}, jax.devices()[:4])
+        training_step.check_batch(toy.config(accumulate=3), mesh)
+
+
+def test_resume_is_bit_equal(tmp_path):
+    config = toy.config(num_steps=7, ema=0.9, checkpoint_every=3)
+    whole = train.fit(toy.task(), toy.batches(), config, tmp_path / "a", devices=ONE)
+    short = toy.config(num_steps=3, ema=0.9, checkpoint_every=3)
+    train.fit(toy.task(), toy.batches(), short, tmp_path / "b", devices=ONE)
+    # A new iterator, as in a new process; the feed had run ahead of step 3 in the first session.
+    resumed = train.fit(toy.task(), toy.batches(), config, tmp_path / "b", devices=ONE)
+    assert_trees_equal(jax.device_get(whole), jax.device_get(resumed))
+    losses = [lines(tmp_path / name, "train")[-1]["loss"] for name in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_one_device_goes_on_on_eight(tmp_path):
+    long = {"num_steps": 5}
+    whole = train.fit(toy.task(), toy.batches(), toy.config(**long), tmp_path / "a", devices=ONE)
+    train.fit(toy.task(), toy.batches(), toy.config(num_steps=3), tmp_path / "b", devices=ONE)
+    state = train.fit(toy.task(), toy.batches(), toy.config(**long, **CUBE), tmp_path / "b")
+    assert_trees_close(jax.device_get(whole), jax.device_get(state))
+    assert state.params["hidden"]["kernel"].sharding.spec == jax.P("fsdp", "tensor")
+
+
+def lines(workdir, kind):
+    """The lines of metrics.jsonl of one kind."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def events(workdir):
+    """(step, tag) of every TensorBoard value: records are length, crc, payload, crc."""
+    found = set()
+    for path in workdir.glob("events.out.tfevents.*"):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            found |= {(event.step, value.tag) for value in event.summary.value}
+            data = data[16 + size :]
+    return found
+
+
+def test_a_run_leaves_metrics_images_config_and_manifest(tmp_path):
+    def evaluate(variables, step):
+        assert set(variables) == {"params", "counts"}
+        image = np.full((4, 4, 3), 200, np.uint8)
+        return train.Evaluation({"psnr": 20.0 + step}, {"first": image})
+
+    config = toy.config(num_steps=5, eval_every=2, profile=(3, 4))
+    train.fit(toy.task(), toy.batches(), config, tmp_path, evaluate=evaluate, devices=ONE)
+    training = lines(tmp_path, "train")
+    assert [line["step"] for line in training] == [2, 4, 5]
+    for name in ("loss", "psnr", "grad_norm", "learning_rate", "steps_per_second"):
+        assert training[1][name] > 0
+    assert 0 <= training[1]["data_wait_fraction"] <= 1
+    assert training[1]["examples_per_second"] == pytest.approx(8 * training[1]["steps_per_second"])
+    assert [(e["step"], e["psnr"]) for e in lines(tmp_path, "eval")] == [(2, 22), (4, 24), (5, 25)]
+    written = events(tmp_path)
+    assert {(4, "train/loss"), (5, "eval/psnr"), (2, "eval/first")} <= written
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 0.01
+    session = json.loads((tmp_path / "run.json").read_text())["sessions"][0]
+    assert session["versions"]["jax"] == jax.__version__ and session["mesh"]["data"] == 1
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_metrics_after_the_restored_step_are_written_once(tmp_path):
+    train.fit(toy.task(), toy.batches(), toy.config(num_steps=4), tmp_path, devices=ONE)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "kind": "train", "loss": 1.0}\n{"step": 8, "ki')
+    train.fit(toy.task(), toy.batches(), toy.config(), tmp_path, devices=ONE)
+    assert [line["step"] for line in lines(tmp_path, "train")] == [2, 4, 6]
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
+    config = toy.config(num_steps=20, max_skipped=3, **{"optim.learning_rate": float("nan")})
+    # The first update makes all parameters NaN; every later loss is NaN.
+    with pytest.raises(errors.InputError, match="last 5 steps up to 6 .*max_skipped=3"):
+        train.fit(toy.task(), toy.batches(), config, tmp_path, devices=ONE)
+    assert lines(tmp_path, "train")[-1]["loss"] is None
+
+
+def test_a_bad_scene_is_skipped_and_counted_by_the_loop(tmp_path):
+    batches = toy.batches(bad=5)  # in one of the eight batches of an epoch
+    state = train.fit(toy.task(), batches, toy.config(num_steps=8), tmp_path, devices=ONE)
+    assert int(state.skipped) == 1
+    assert np.all(np.isfinite(state.params["hidden"]["kernel"]))
+    assert sum(line["skipped"] for line in lines(tmp_path, "train")) == 1
+
+
+class Slow:
+    """Batches that take a while to make."""
+
+    def __init__(self, seconds):
+        self.inner, self.seconds = toy.batches(), seconds
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return next(self.inner)
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+
+def test_waiting_for_slow_data_is_measured(tmp_path):
+    config = toy.config(num_steps=8, log_every=4, checkpoint_every=0)
+    train.fit(toy.task(), Slow(0.1), config, tmp_path, devices=ONE)
+    line = lines(tmp_path, "train")[-1]
+    assert line["data_wait_fraction"] > 0.7
+    assert line["steps_per_second"] == pytest.approx(10, rel=0.3)
+
+
+def test_the_time_limit_saves_and_ends(tmp_path):
+    config = toy.config(num_steps=10_000, checkpoint_every=0, stop_after_minutes=0.5 / 60)
+    state = train.fit(toy.task(), Slow(0.05), config, tmp_path, devices=ONE)
+    assert 0 < int(state.step) < 1000
+    assert (tmp_path / "checkpoints" / str(int(state.step))).is_dir()
+
+
+def test_sigterm_saves_and_the_next_session_goes_on(tmp_path):
+    def ask(variables, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train.Evaluation({}, {})
+
+    before = signal.getsignal(signal.SIGTERM)
+    config = toy.config(num_steps=6, eval_every=3, checkpoint_every=0)
+    with pytest.raises(train.Preempted, match="saved step 4"):
+        train.fit(toy.task(), toy.batches(), config, tmp_path / "a", evaluate=ask, devices=ONE)
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = train.fit(toy.task(), toy.batches(), config, tmp_path / "a", devices=ONE)
+    whole = train.fit(toy.task(), toy.batches(), config, tmp_path / "b", devices=ONE)
+    assert_trees_equal(jax.device_get(whole), jax.device_get(resumed))
+
+
+def test_an_error_of_the_data_reaches_the_caller(tmp_path):
+    class Broken(Slow):
+        def __next__(self):
+            if self.get_state()["next_index"] == 3:
+                raise errors.InputError("scene 7: no images")
+            return super().__next__()
+
+    with pytest.raises(errors.InputError, match="scene 7"):
+        train.fit(toy.task(), Broken(0), toy.config(), tmp_path, devices=ONE)
+
+
+def test_the_end_of_the_data_is_explained(tmp_path):
+    data = grain.MapDataset.source([some(1)[0]] * 3).to_iter_dataset()
+    with pytest.raises(errors.InputError, match="data ended"):
+        train.fit(toy.task(), iter(data), toy.config(), tmp_path, devices=ONE)
+
+
+def test_a_batch_of_another_size_is_explained(tmp_path):
+    with pytest.raises(errors.InputError, match=r"batches of \[4\] scenes"):
+        train.fit(toy.task(), toy.batches(4), toy.config(), tmp_path, devices=ONE)
