@@ -305,7 +305,8 @@ def _inside_box(surround: Surround, origin: np.ndarray, d) -> tuple[np.ndarray, 
         to_high = (surround.high[axis] - origin[:, axis]).astype(np.float32)[:, None, None, None]
         upper = d[axis] > 0
         with np.errstate(divide="ignore"):
-            reach = np.where(upper, to_high, to_low) / d[axis]
+            # Never negative from inside; the sign of a zero direction must not decide.
+            reach = np.abs(np.where(upper, to_high, to_low) / d[axis])
         side = np.where(reach < depth, 2 * axis + upper, side)
         depth = np.minimum(depth, reach)
     return depth, side
