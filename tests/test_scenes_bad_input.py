@@ -1,0 +1,551 @@
+"""Every bad scene is refused with one sentence that names the file, the frame and the reason."""
+
+import io
+import json
+import os
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvs_common.data import scene_files, scenes
+from nvs_common.errors import InputError
+from tests import scene_writers as writers
+
+
+def refused(path, *parts: str, **options) -> str:
+    """Loads a scene that must be refused; every part must occur in its one-line message."""
+    with pytest.raises(InputError) as caught:
+        scene = scenes.load_scene(path, **options)
+        scene.images(range(len(scene)))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+@pytest.fixture
+def rig():
+    return writers.make_rig(simple=True)
+
+
+@pytest.fixture(params=["transforms.json", "opencv_cameras.json"])
+def edit(request, tmp_path, rig):
+    """A function that changes the JSON of a good scene: edit(change) -> path."""
+    write = {"transforms.json": writers.write_transforms}.get(request.param, writers.write_opencv)
+    file = write(rig, tmp_path) / request.param
+
+    def apply(change):
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        return tmp_path
+
+    apply.file, apply.pose = file, "transform_matrix" if "trans" in request.param else "w2c"
+    return apply
+
+
+def set_in_frame(key, value):
+    def change(content):
+        content["frames"][1][key] = value
+
+    return change
+
+
+def change_pose(key, matrix):
+    def change(content):
+        pose = np.array(content["frames"][1][key])
+        content["frames"][1][key] = (np.array(matrix) @ pose).tolist()
+
+    return change
+
+
+# The second frame in the file, which is written in reverse.
+FRAME = "102.png"
+
+
+def test_missing_frame(edit, tmp_path):
+    (tmp_path / "images" / FRAME).unlink()
+    refused(tmp_path, str(edit.file), FRAME, "missing")
+
+
+def test_empty_scene(edit):
+    path = edit(lambda content: content["frames"].clear())
+    refused(path, str(edit.file), "empty")
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_pose_with_nan_or_infinity(edit, tmp_path, text):
+    edit(lambda content: content["frames"][1][edit.pose][0].__setitem__(3, 12345.5))
+    edit.file.write_text(edit.file.read_text().replace("12345.5", text))
+    refused(tmp_path, str(edit.file), text)
+
+
+def test_rotation_with_shear(edit):
+    shear = np.eye(4)
+    shear[0, 1] = 0.1
+    refused(edit(change_pose(edit.pose, shear)), str(edit.file), FRAME, "not orthonormal")
+
+
+def test_rotation_with_scale(edit):
+    path = edit(change_pose(edit.pose, np.diag([1.5, 1.5, 1.5, 1.0])))
+    refused(path, str(edit.file), FRAME, "not orthonormal")
+
+
+def test_mirror(edit):
+    path = edit(change_pose(edit.pose, np.diag([-1.0, 1, 1, 1])))
+    refused(path, str(edit.file), FRAME, "determinant -1")
+
+
+def test_pose_that_is_not_a_transform(edit):
+    path = edit(lambda content: content["frames"][1][edit.pose].__setitem__(3, [0, 0, 0.1, 1]))
+    refused(path, str(edit.file), FRAME, "last row")
+    path = edit(set_in_frame(edit.pose, [1.0] * 16))
+    refused(path, str(edit.file), FRAME, edit.pose, "expected (4, 4) numbers")
+
+
+def test_pose_at_an_absurd_distance(edit):
+    path = edit(lambda content: content["frames"][1][edit.pose][0].__setitem__(3, 1e30))
+    refused(path, str(edit.file), FRAME, "too large")
+
+
+@pytest.mark.parametrize("focal", [0, -500.0, 0.2, "500", None, True, [500]])
+def test_focal_length(edit, focal):
+    key = "fl_x" if edit.pose == "transform_matrix" else "fx"
+    refused(edit(set_in_frame(key, focal)), str(edit.file), FRAME, "foc" if focal else "")
+
+
+def test_principal_point_far_outside(edit):
+    refused(edit(set_in_frame("cx", 1e4)), str(edit.file), FRAME, "principal point")
+
+
+def test_same_frame_twice(edit):
+    path = edit(lambda content: content["frames"].append(content["frames"][1]))
+    refused(path, str(edit.file), FRAME, "twice")
+
+
+def test_images_of_another_aspect(edit, tmp_path):
+    Image.new("RGB", (10, 10)).save(tmp_path / "images" / FRAME)
+    refused(tmp_path, str(edit.file), FRAME, "10 x 10", "16 x 12", "aspect")
+
+
+def test_mixed_image_sizes_need_a_size(edit, tmp_path):
+    Image.new("RGB", (32, 24)).save(tmp_path / "images" / FRAME)
+    refused(tmp_path, str(tmp_path), FRAME, "32 x 24", "16 x 12", "size=")
+    assert scenes.load_scene(tmp_path, size=(12, 16)).images([2]).shape == (1, 12, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "escape", ["../secret.png", "/etc/passwd", "images/../../secret.png", "..\\secret.png", "a\0b"]
+)
+def test_path_out_of_the_scene(edit, tmp_path, escape):
+    Image.new("RGB", (16, 12)).save(tmp_path.parent / "secret.png")
+    refused(edit(set_in_frame("file_path", escape)), str(edit.file))
+
+
+@pytest.mark.parametrize("escape", ["https://example.invalid/a.png", "", 7, None])
+def test_path_that_is_no_path(edit, escape):
+    refused(edit(set_in_frame("file_path", escape)), str(edit.file))
+
+
+def test_link_out_of_the_scene(edit, tmp_path):
+    target = tmp_path.parent / "elsewhere.png"
+    Image.new("RGB", (16, 12)).save(target)
+    (tmp_path / "images" / FRAME).unlink()
+    (tmp_path / "images" / FRAME).symlink_to(target)
+    refused(tmp_path, str(edit.file), FRAME, "link out of the scene")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "bad JSON"),
+        ('{"frames": []} extra', "bad JSON"),
+        ('{"frames": [], "frames": []}', "'frames' twice"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("7", "expected"),
+        ('{"frames": {}}', "expected"),
+        ('{"frames": [3]}', "expected an object"),
+        ('{"frames": [{}]}', "path of its image"),
+        ('{"frames": [], "w": 1' + "0" * 5000 + "}", "bad JSON"),
+    ],
+)
+def test_bad_json(edit, tmp_path, text, reason):
+    edit.file.write_text(text)
+    refused(tmp_path, str(edit.file), reason)
+    refused(edit.file, str(edit.file))
+
+
+def test_text_that_is_not_utf8(edit, tmp_path):
+    edit.file.write_bytes(b"\xff\xfe{\x00}")
+    refused(tmp_path, str(edit.file), "UTF-8")
+
+
+def test_a_file_larger_than_any_honest_one(edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(scene_files, "MAX_TEXT_BYTES", 100)
+    refused(tmp_path, str(edit.file), "more than the 100 allowed")
+
+
+def test_unknown_camera_model(tmp_path, rig):
+    path = writers.write_transforms(rig, tmp_path, camera_model="EQUIRECTANGULAR")
+    refused(path, "transforms.json", "EQUIRECTANGULAR", "expected one of")
+
+
+def test_distortion_that_folds_the_image(tmp_path, rig):
+    path = writers.write_transforms(rig, tmp_path, k1=-44.0)
+    refused(path, "transforms.json", "103.png", "folds")
+
+
+def test_angle_of_view(tmp_path, rig):
+    file = writers.write_blender(rig, tmp_path) / "transforms_val.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(content, camera_angle_x=40.0)))
+    refused(tmp_path, str(file), "camera_angle_x 40")
+
+
+# ---- Images.
+
+
+@pytest.fixture
+def image(tmp_path, rig):
+    """The image of one frame of a good scene, and the scene's folder as its parent's parent."""
+    return writers.write_opencv(rig, tmp_path) / "images" / FRAME
+
+
+def test_image_of_zero_bytes(image):
+    image.write_bytes(b"")
+    refused(image.parent.parent, FRAME, "zero bytes")
+
+
+def test_image_that_is_something_else(image):
+    image.write_text("<html>404</html>")
+    refused(image.parent.parent, FRAME, "not an image")
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_image_cut_short(tmp_path, extension):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    rig = writers.make_rig(height=64, width=64)
+    path = writers.write_opencv(rig, tmp_path) / "images" / FRAME
+    buffer = io.BytesIO()
+    noise.save(buffer, {"jpg": "JPEG", "png": "PNG"}[extension])
+    # A file is read by its contents, so a JPEG named .png is no obstacle.
+    path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    assert len(scenes.load_scene(tmp_path)) == 4  # the header is whole
+    refused(tmp_path, FRAME, "cannot be decoded", "cut short")
+
+
+def test_image_with_a_huge_header(image):
+    data = bytearray(image.read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    # The checksum of the header chunk is made to fit.
+    data[29:33] = struct.pack(">I", zipfile.crc32(bytes(data[12:29])))
+    image.write_bytes(bytes(data))
+    refused(image.parent.parent, FRAME)
+
+
+def test_image_turned_by_exif(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 12)).save(image, exif=exif)
+    refused(image.parent.parent, FRAME, "EXIF orientation 6")
+
+
+def test_image_without_a_known_range(image):
+    Image.fromarray(np.ones((12, 16), np.float32)).save(image, format="TIFF")
+    refused(image.parent.parent, FRAME, "without a known range")
+
+
+def test_image_that_changes_after_loading(image):
+    scene = scenes.load_scene(image.parent.parent)
+    Image.new("RGB", (32, 24)).save(image)
+    with pytest.raises(InputError, match="102.png.*32 x 24 but was 16 x 12"):
+        scene.images([2])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes")
+def test_image_that_is_a_pipe(image):
+    image.unlink()
+    os.mkfifo(image)
+    refused(image.parent.parent, FRAME)
+
+
+# ---- Paths.
+
+
+def test_path_that_does_not_exist(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "no such file or folder")
+
+
+def test_folder_that_is_no_scene(tmp_path):
+    refused(tmp_path, str(tmp_path), "not a scene", "transforms.json")
+    (tmp_path / "a.csv").write_text("1,2")
+    refused(tmp_path / "a.csv", "a.csv", "not a scene")
+    with pytest.raises(InputError, match="no scene folders"):
+        scenes.find_scenes(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        scenes.find_scenes(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+@pytest.mark.parametrize("target", [".", "opencv_cameras.json", "images/102.png"])
+def test_path_without_permission(image, target):
+    path = image.parent.parent / target
+    path.chmod(0)
+    try:
+        refused(image.parent.parent, path.name if target != "." else str(path), "ermission")
+    finally:
+        path.chmod(0o700)
+
+
+def test_read_errors_of_the_system_are_named(image, monkeypatch):
+    """What a file without permission gives, also where tests run as root."""
+
+    def deny(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(scene_files.pathlib.Path, "read_bytes", deny)
+    refused(image.parent.parent, "opencv_cameras.json", "Permission denied")
+
+
+@pytest.mark.parametrize("options", [{"rig": 1}, {"image_folder": "images"}])
+def test_option_without_meaning_for_the_layout(image, options):
+    refused(image.parent.parent, next(iter(options)), "no meaning", **options)
+
+
+def test_image_folder_that_is_not_there(tmp_path, rig):
+    path = writers.write_colmap_bin(rig, tmp_path)
+    refused(path, "images_16", image_folder="images_16")
+    refused(path, "leaves the scene", image_folder="../images")
+    (tmp_path / "images").rename(tmp_path / "photos")
+    refused(path, "103.png", "missing")
+    assert len(scenes.load_scene(path, image_folder="photos")) == 4
+
+
+# ---- COLMAP.
+
+
+@pytest.mark.parametrize("name", ["cameras", "images", "points3D"])
+def test_colmap_binary_cut_short_anywhere(tmp_path, rig, name):
+    writers.write_colmap_bin(rig, tmp_path)
+    file = tmp_path / "sparse" / "0" / f"{name}.bin"
+    data = file.read_bytes()
+    for size in [0, 7, 8, 20, len(data) // 3, len(data) - 1]:
+        file.write_bytes(data[:size])
+        refused(tmp_path, str(file))
+
+
+@pytest.mark.parametrize("count", [2**63, 2**64 - 1, 2**40])
+@pytest.mark.parametrize("name", ["cameras", "images", "points3D"])
+def test_colmap_binary_with_a_lying_count(tmp_path, rig, name, count):
+    writers.write_colmap_bin(rig, tmp_path)
+    file = tmp_path / "sparse" / "0" / f"{name}.bin"
+    file.write_bytes(struct.pack("<Q", count) + file.read_bytes()[8:])
+    refused(tmp_path, str(file), f"claims {count} records")
+
+
+def test_colmap_binary_with_a_lying_inner_count(tmp_path, rig):
+    writers.write_colmap_bin(rig, tmp_path)
+    file = tmp_path / "sparse" / "0" / "images.bin"
+    data = bytearray(file.read_bytes())
+    where = 8 + 64 + len(rig.names[-1]) + 1
+    data[where : where + 8] = struct.pack("<Q", 2**61)
+    file.write_bytes(bytes(data))
+    refused(tmp_path, str(file), f"claims {2**61} records")
+
+
+@pytest.mark.parametrize("model", [7, 10, 99, -1])
+def test_colmap_binary_with_an_unknown_model(tmp_path, rig, model):
+    writers.write_colmap_bin(rig, tmp_path, model)
+    refused(tmp_path, "cameras.bin", f"number {model}", "supported are")
+
+
+def test_colmap_text_with_an_unknown_model(tmp_path, rig):
+    writers.write_colmap_txt(rig, tmp_path, "FOV", [100, 8, 6, 0.5])
+    refused(tmp_path, "cameras.txt", "line 2", "'FOV'", "supported are")
+
+
+def test_colmap_with_a_wrong_number_of_parameters(tmp_path, rig):
+    writers.write_colmap_txt(rig, tmp_path, "OPENCV", [100, 100, 8, 6])
+    refused(tmp_path, "cameras.txt", "line 2", "4 parameters for OPENCV; expected 8")
+
+
+@pytest.mark.parametrize(
+    "file, old, new, reason",
+    [
+        ("images.txt", " 7 102.png", " 8 102.png", "uses camera 8"),
+        ("images.txt", " 7 102.png", " 7 ../102.png", "leaves the scene"),
+        ("images.txt", "6 0.", "6 7.", "quaternion"),
+        ("images.txt", "6 ", "6 nan ", "not an image"),
+        ("images.txt", "1.5 2.5 ", "1.5 ", "x, y, id"),
+        ("cameras.txt", "16 12", "16 -12", "image size 16 x -12"),
+        ("cameras.txt", "16 12", "sixteen 12", "not a camera"),
+        ("points3D.txt", "12 ", "12 nan ", "NaN"),
+        ("points3D.txt", "12 ", "twelve ", "not a point"),
+    ],
+)
+def test_colmap_text_with_bad_values(tmp_path, rig, file, old, new, reason):
+    writers.write_colmap_txt(rig, tmp_path)
+    path = tmp_path / "sparse" / "0" / file
+    assert old in path.read_text()
+    if old.startswith("6 0."):  # the image whose rotation's first number is replaced
+        lines = path.read_text().splitlines(keepends=True)
+        lines[1] = " ".join([*lines[1].split()[:1], "7.5", *lines[1].split()[2:]]) + "\n"
+        path.write_text("".join(lines))
+    else:
+        path.write_text(path.read_text().replace(old, new, 1))
+    refused(tmp_path, file if file != "images.txt" or "leaves" not in reason else "102", reason)
+
+
+def test_random_damage_to_colmap_binaries_gives_a_scene_or_a_named_error(tmp_path, rig):
+    rng = np.random.default_rng(0)
+    writers.write_colmap_bin(rig, tmp_path)
+    outcomes = set()
+    for _ in range(150):
+        file = tmp_path / "sparse" / "0" / f"{rng.choice(['cameras', 'images', 'points3D'])}.bin"
+        good = file.read_bytes()
+        data = bytearray(good)
+        for position in rng.integers(0, len(data), 3):
+            data[position] = rng.integers(256)
+        file.write_bytes(bytes(data))
+        try:
+            scene = scenes.load_scene(tmp_path)
+            assert np.isfinite(scene.cameras.world_from_cam).all()
+            assert np.all(scene.cameras.near < scene.cameras.far)
+            outcomes.add("loaded")
+        except InputError as error:
+            assert str(tmp_path) in str(error)
+            outcomes.add("refused")
+        file.write_bytes(good)
+    assert outcomes == {"loaded", "refused"}
+
+
+# ---- Arrays and tables.
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (17,), (4, 3, 5), (0, 17)])
+def test_llff_array_of_another_shape(tmp_path, rig, shape):
+    file = writers.write_llff(rig, tmp_path) / "poses_bounds.npy"
+    np.save(file, np.ones(shape))
+    refused(tmp_path, str(file))
+
+
+def test_llff_with_another_number_of_images(tmp_path, rig):
+    writers.write_llff(rig, tmp_path)
+    (tmp_path / "images" / FRAME).unlink()
+    refused(tmp_path, "poses_bounds.npy", "4 cameras but 3 images")
+
+
+@pytest.mark.parametrize("near, far", [(0, 1), (-1, 2), (3, 2), (np.nan, 1), (1, np.inf)])
+def test_llff_with_bad_bounds(tmp_path, rig, near, far):
+    file = writers.write_llff(rig, tmp_path) / "poses_bounds.npy"
+    rows = np.load(file)
+    rows[2, 15:] = near, far
+    np.save(file, rows)
+    refused(tmp_path, "poses_bounds.npy", FRAME)
+
+
+def test_arrays_of_objects_are_never_unpickled(tmp_path, rig):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    file = writers.write_llff(rig, tmp_path) / "poses_bounds.npy"
+    np.save(file, np.array([Payload()], object), allow_pickle=True)
+    refused(tmp_path, str(file), "object")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_array_header_that_claims_terabytes(tmp_path, rig):
+    file = writers.write_llff(rig, tmp_path) / "poses_bounds.npy"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 17)}
+    )
+    file.write_bytes(header.getvalue() + b"\0" * 100)
+    refused(tmp_path, str(file), "truncated")
+    file.write_bytes(b"not an array")
+    refused(tmp_path, str(file), "not a NumPy array")
+
+
+def test_neus_archive_that_unpacks_to_too_much(tmp_path, rig, monkeypatch):
+    file = writers.write_neus(rig, tmp_path) / "cameras_sphere.npz"
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("big.npy", b"\0" * 2_000_000)
+    monkeypatch.setattr(scene_files, "MAX_ARRAY_BYTES", 1_000_000)
+    refused(tmp_path, str(file), "unpacks to")
+    file.write_bytes(b"PK not a zip")
+    refused(tmp_path, str(file), "not a readable .npz")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda a: a.pop("scale_mat_2"), "scale_mat_2 is nothing"),
+        (lambda a: a.update(world_mat_2=np.eye(3)), "(3, 3)"),
+        (lambda a: a.update(world_mat_2=np.zeros((4, 4))), "singular"),
+        (lambda a: a.update(world_mat_2=a["world_mat_2"] * np.nan), "singular or not finite"),
+        (lambda a: a.update(world_mat_2=_skewed() @ a["world_mat_2"]), "skew"),
+    ],
+)
+def test_neus_with_bad_matrices(tmp_path, rig, change, reason):
+    file = writers.write_neus(rig, tmp_path) / "cameras_sphere.npz"
+    arrays = dict(np.load(file))
+    change(arrays)
+    np.savez(file, **arrays)
+    refused(tmp_path, str(file), FRAME, reason)
+
+
+def _skewed() -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[0, 1] = 0.3
+    return matrix
+
+
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        ("\n102 ", "\n102 1 ", "line 4 holds 20 values"),
+        ("\n102 ", "\n101 ", "appears twice"),
+        ("\n102 ", "\n-102 ", "line 4"),
+        ("\n102 1.1", "\n102 x", "line 4"),
+        ("\n102 1.1", "\n102 nan", "frame '102'"),
+        ("\n102 1.1", "\n102 0.0", "frame '102'"),
+    ],
+)
+def test_realestate_with_bad_lines(tmp_path, rig, old, new, reason):
+    file = writers.write_realestate(rig, tmp_path)
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    refused(file, str(file), reason)
+
+
+def test_realestate_without_cameras_or_frames(tmp_path, rig):
+    file = writers.write_realestate(rig, tmp_path)
+    (tmp_path / "clip" / FRAME).unlink()
+    refused(file, str(file), "'102'", "missing")
+    file.write_text("https://example.invalid\n")
+    refused(file, str(file), "empty")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda c: c.clear(), "empty"),
+        (lambda c: c[0].clear(), "empty"),
+        (lambda c: c[0][1].update(focal_length=0), "not positive"),
+        (lambda c: c[0][1].update(position=[1, 2]), "position"),
+        (lambda c: c[0][1].update(relative_path="../a.png"), "leaves the scene"),
+        (lambda c: c[0][1].pop("width"), "width"),
+    ],
+)
+def test_spaces_with_bad_values(tmp_path, rig, change, reason):
+    file = writers.write_spaces(rig, tmp_path) / "models.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    refused(tmp_path, str(file), reason)
