@@ -16,8 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from absl import flags
 
 from launch import cli, processes, tasks
-from nvs_common import errors, runs, train
-from nvs_common.data import pipeline
+from nvs_common import errors, evaluate, runs, train
+from nvs_common.data import pipeline, sources
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -41,12 +41,20 @@ def main(_) -> int:
     task = tasks.TASKS[config.system](config)
     batches = pipeline.training_batches(config)
     try:
-        state = train.fit(task, batches, config, workdir)
+        state = train.fit(task, batches, config, workdir, evaluate=_evaluation(task, config))
     except train.Preempted as e:
         print(e, file=sys.stderr)
         return cli.TRY_AGAIN
     print(f"trained to step {int(state.step)}; the run is in {workdir}", file=sys.stderr)
     return 0
+
+
+def _evaluation(task, config) -> train.Evaluate | None:
+    """The periodic evaluation on held-out scenes; None where config.eval_every is 0."""
+    if not config.eval_every:
+        return None
+    source = sources.held_out(config)
+    return lambda variables, step: evaluate.quick(task, variables, source, config)
 
 
 if __name__ == "__main__":

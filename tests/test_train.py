@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from nvs_common import errors, feed, optim, sharding, train, training_step
+from nvs_common import errors, evaluate, feed, optim, sharding, train, training_step
 from tests import toy
 
 ONE = jax.devices()[:1]
@@ -194,13 +194,13 @@ def events(workdir):
 
 
 def test_a_run_leaves_metrics_images_config_and_manifest(tmp_path):
-    def evaluate(variables, step):
+    def rate(variables, step):
         assert set(variables) == {"params", "counts"}
         image = np.full((4, 4, 3), 200, np.uint8)
-        return train.Evaluation({"psnr": 20.0 + step}, {"first": image})
+        return evaluate.Evaluation({"psnr": 20.0 + step}, {"first": image})
 
     config = toy.config(num_steps=5, eval_every=2, profile=(3, 4))
-    train.fit(toy.task(), toy.batches(), config, tmp_path, evaluate=evaluate, devices=ONE)
+    train.fit(toy.task(), toy.batches(), config, tmp_path, evaluate=rate, devices=ONE)
     training = lines(tmp_path, "train")
     assert [line["step"] for line in training] == [2, 4, 5]
     for name in ("loss", "psnr", "grad_norm", "learning_rate", "steps_per_second"):
@@ -275,7 +275,7 @@ def test_the_time_limit_saves_and_ends(tmp_path):
 def test_sigterm_saves_and_the_next_session_goes_on(tmp_path):
     def ask(variables, step):
         os.kill(os.getpid(), signal.SIGTERM)
-        return train.Evaluation({}, {})
+        return evaluate.Evaluation({}, {})
 
     before = signal.getsignal(signal.SIGTERM)
     config = toy.config(num_steps=6, eval_every=3, checkpoint_every=0)

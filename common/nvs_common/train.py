@@ -14,8 +14,8 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -42,11 +42,14 @@ _log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 
 
-class Evaluation(NamedTuple):
-    """Metrics and uint8 images [h, w, 3] of an evaluation, by name."""
+class Evaluation(Protocol):
+    """What an evaluation gives: values, and uint8 images [h, w, 3], by name."""
 
-    metrics: dict[str, float]
-    images: dict[str, np.ndarray]
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def images(self) -> Mapping[str, np.ndarray]: ...
 
 
 Evaluate = Callable[[Variables, int], Evaluation]
