@@ -1,4 +1,5 @@
-"""Writes one set of posed images in every layout, each from that layout's own definition."""
+"""Writes one set of posed images in every layout, each from that layout's own definition; and
+holds loading a bad one to a good message."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ import pathlib
 import struct
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from nvs_common.data import scenes
+from nvs_common.errors import InputError
 
 
 @dataclasses.dataclass
@@ -153,10 +158,10 @@ def write_colmap_txt(
 
 
 def write_colmap_bin(
-    rig: Rig, root: pathlib.Path, model: int = 1, params=None, folder: str = "sparse/0"
+    rig: Rig, root: pathlib.Path, model: int = 1, params=None, seen: bool = True
 ) -> pathlib.Path:
     write_images(rig, root / "images")
-    out = root / folder
+    out = root / "sparse" / "0"
     out.mkdir(parents=True, exist_ok=True)
     params = [float(p) for p in (rig.intrinsics if params is None else params)]
     head = struct.pack("<QiiQQ", 1, 7, model, rig.width, rig.height)
@@ -165,9 +170,9 @@ def write_colmap_bin(
     for i in reversed(range(len(rig.poses))):
         pose = rig.world_to_cam[i]
         data += struct.pack("<i7di", i + 3, *quaternion(pose[:3, :3]), *pose[:3, 3], 7)
-        seen = observations(rig)[i] if i else []
-        data += rig.names[i].encode() + b"\0" + struct.pack("<Q", len(seen))
-        data += b"".join(struct.pack("<ddq", 1.5, 2.5, p + 10) for p in seen)
+        ids = observations(rig)[i] if i and seen else []
+        data += rig.names[i].encode() + b"\0" + struct.pack("<Q", len(ids))
+        data += b"".join(struct.pack("<ddq", 1.5, 2.5, p + 10) for p in ids)
     (out / "images.bin").write_bytes(data)
     data = struct.pack("<Q", len(rig.points))
     for p, xyz in enumerate(rig.points):
@@ -254,3 +259,15 @@ WRITERS = {
 }
 # One focal length and a centred principal point is all that these can say.
 SIMPLE = ("blender", "llff")
+
+
+def refused(path, *parts: str, **options) -> str:
+    """Loads a scene that must be refused; every part must occur in its one-line message."""
+    with pytest.raises(InputError) as caught:
+        scene = scenes.load_scene(path, **options)
+        scene.images(range(len(scene)))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message

@@ -234,7 +234,7 @@ def test_transparency_is_composited_on_white_before_resizing(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "a.png")
     image = images.decode(tmp_path / "a.png")
     np.testing.assert_array_equal(image[1:, :4], 1.0)
-    np.testing.assert_array_equal(image[1:, 4:], np.float32([1, 0, 0]) + np.zeros((7, 4, 3)))
+    np.testing.assert_array_equal(image[1:, 4:], np.array([1.0, 0, 0]) + np.zeros((7, 4, 3)))
     np.testing.assert_allclose(image[0, 0], [127 / 255, 127 / 255, 1.0], atol=1e-6)
     small = images.resample(image, images.Window(0, 0, 8, 8), 2, 2)
     # Half white, half red at most; never a red fringe in the white part.

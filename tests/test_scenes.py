@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from nvs_common.data import scenes
+from nvs_common.data import point_cloud, scenes
 from nvs_common.errors import InputError
 from tests import scene_writers as writers
 
@@ -210,3 +211,34 @@ def test_llff_bounds_are_the_files_own(tmp_path):
     scene = scenes.load_scene(writers.write_llff(writers.make_rig(simple=True), tmp_path))
     assert scene.bounds == "poses_bounds.npy"
     assert np.all(scene.cameras.near == 2) and np.all(scene.cameras.far == 9)
+
+
+def test_near_and_far_may_be_given(tmp_path):
+    path = writers.write_llff(writers.make_rig(simple=True), tmp_path)
+    scene = scenes.load_scene(path, near_far=(0.5, 40))
+    assert np.all(scene.cameras.near == 0.5) and np.all(scene.cameras.far == 40)
+    assert scene.bounds == "given by the caller"
+    for bad in ((0, 1), (2, 1), (1, np.inf), (np.nan, 1)):
+        with pytest.raises(InputError, match="0 < near < far"):
+            scenes.load_scene(path, near_far=bad)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_near_and_far_of_nerfstudio_come_from_its_points(tmp_path, binary):
+    rig = writers.make_rig(count=3)
+    writers.write_transforms(rig, tmp_path, ply_file_path="points.ply")
+    kind = "binary_little_endian" if binary else "ascii"
+    header = f"ply\nformat {kind} 1.0\nelement vertex {len(rig.points)}\nproperty uchar red\n"
+    header += "property double x\nproperty double y\nproperty double z\nend_header\n"
+    rows = [struct.pack("<Bddd", 7, *xyz) for xyz in rig.points]
+    if not binary:
+        rows = [f"7 {' '.join(repr(float(v)) for v in xyz)}\n".encode() for xyz in rig.points]
+    (tmp_path / "points.ply").write_bytes(header.encode() + b"".join(rows))
+    np.testing.assert_array_equal(point_cloud.read_ply(tmp_path / "points.ply"), rig.points)
+    scene = scenes.load_scene(tmp_path)
+    assert "points" in scene.bounds
+    # All points, since the file does not say which image sees which: those inside the image.
+    writers.write_colmap_bin(rig, tmp_path, seen=False)
+    reference = scenes.load_scene(tmp_path / "sparse/0")
+    np.testing.assert_allclose(scene.cameras.near, reference.cameras.near, rtol=1e-9)
+    np.testing.assert_allclose(scene.cameras.far, reference.cameras.far, rtol=1e-9)

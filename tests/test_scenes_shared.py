@@ -168,7 +168,7 @@ def test_measured_depths_bracket_the_reconstruction(shared_data):
 def test_measured_depths_of_a_desk_are_far_tighter_than_geometry(shared_data):
     scene = scenes.load_scene(shared_data / "mydesk")
     cameras = scenes.measure_depths(scene, pairs=16).cameras
-    width = np.median((1 / cameras.near - 1 / cameras.far))
+    width = np.median(1 / cameras.near - 1 / cameras.far)
     assert width < 0.2 * np.median(1 / scene.cameras.near - 1 / scene.cameras.far)
     # The desk stands 12 to 25 units from most cameras (triangulated with other software).
     assert np.median(cameras.near) < 13 and np.median(cameras.far) > 22

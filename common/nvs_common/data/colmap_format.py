@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
+
+import numpy as np
 
 from nvs_common.data import array_formats, colmap, depth_bounds, scene_files, scene_formats
 from nvs_common.data.scene_formats import Loaded, Options, Posed
@@ -63,12 +64,6 @@ def read(model_folder: pathlib.Path, options: Options) -> Loaded:
         raise InputError(f"{model_folder}: the scene is empty: the model has no images.")
     frames = scene_formats.build_frames(posed, root, model_folder, strict=options.strict)
     names = [frame.path.relative_to(root).as_posix() for frame in frames]
-    observed = [seen.get(name, model.points[:0, 0].astype(int)) for name in names]
-    limits = depth_bounds.from_points(frames, model.points, observed)
-    if limits is None:
-        return Loaded(tuple(frames), "COLMAP", root)
-    frames = [
-        dataclasses.replace(frame, near=float(near), far=float(far))
-        for frame, (near, far) in zip(frames, limits, strict=True)
-    ]
-    return Loaded(tuple(frames), "COLMAP", root, depth_bounds.FROM_POINTS)
+    observed = [seen.get(name, np.zeros(0, np.int64)) for name in names]
+    bounded, bounds = depth_bounds.with_points(frames, model.points, observed)
+    return Loaded(bounded, "COLMAP", root, bounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,27 @@ FROM_IMAGES = "corners triangulated from the images (1st to 99th percentile, x 0
 FROM_NOTHING = "no information (all cameras share one centre): 0.1 to 100"
 # Fewer points than this say little about their 1st and 99th percentile.
 MIN_POINTS = 10
+
+
+def with_points(
+    frames: Sequence[Frame], points: np.ndarray, seen: Sequence[np.ndarray] | None = None
+) -> tuple[tuple[Frame, ...], str | None]:
+    """The frames with near and far `from_points`, and the rule's name; None if there are too few.
+
+    Args:
+      frames: n cameras.
+      points: [p, 3] in the world.
+      seen: for each frame the indices of the points it observes; None where nobody knows.
+    """
+    seen = [np.zeros(0, np.int64)] * len(frames) if seen is None else seen
+    limits = from_points(frames, points, seen)
+    if limits is None:
+        return tuple(frames), None
+    bounded = (
+        dataclasses.replace(frame, near=float(near), far=float(far))
+        for frame, (near, far) in zip(frames, limits, strict=True)
+    )
+    return tuple(bounded), FROM_POINTS
 
 
 def from_points(

@@ -6,15 +6,19 @@ JSON file's folder.
 
 from __future__ import annotations
 
+import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nvs_common.data import scene_files, scene_formats
+from nvs_common.data import depth_bounds, point_cloud, scene_files, scene_formats
 from nvs_common.data.distortion import Distortion
-from nvs_common.data.scene_formats import Loaded, Options, Posed
+from nvs_common.data.scene_formats import Frame, Loaded, Options, Posed
 from nvs_common.errors import InputError
+
+log = logging.getLogger(__name__)
 
 TRANSFORMS_SPLITS = ("transforms_train.json", "transforms_val.json", "transforms_test.json")
 # Spaces gives positions in metres; the published systems sweep 1 m to 100 m.
@@ -46,10 +50,10 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
 
     Poses are world_from_cam with OpenGL axes. Intrinsics at the top may be replaced by a
     frame's own; `camera_angle_x` is used where there is no `fl_x`. Distortion k1..k4, p1, p2
-    as in nerfstudio (k3, k4 multiply r^6, r^8).
+    as in nerfstudio (k3, k4 multiply r^6, r^8). Near and far come from `ply_file_path`.
     """
     options.refuse("transforms.json", "rig")
-    frames = []
+    frames, bounds = [], None
     root = paths[0].parent
     for path in paths:
         content = scene_files.read_json(path)
@@ -59,8 +63,24 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
             _transforms_frame(content, _entry(frame, path, i), path, options)
             for i, frame in enumerate(content["frames"])
         ]
-        frames += scene_formats.build_frames(posed, root, path, strict=options.strict)
-    return Loaded(tuple(frames), "transforms.json", root)
+        built = scene_formats.build_frames(posed, root, path, strict=options.strict)
+        if "ply_file_path" in content:
+            built, bounds = _from_cloud(built, content["ply_file_path"], path)
+        frames += built
+    # Files without points leave their frames without depths: then geometry decides for all.
+    bounds = bounds if all(frame.near is not None for frame in frames) else None
+    return Loaded(tuple(frames), "transforms.json", root, bounds)
+
+
+def _from_cloud(
+    frames: list[Frame], relative: Any, path: pathlib.Path
+) -> tuple[Sequence[Frame], str | None]:
+    """Near and far from nerfstudio's sparse points, which lie in the frame of its poses."""
+    cloud = scene_files.inside(path.parent, relative, f"{path}: ply_file_path")
+    if not cloud.is_file():
+        log.warning("%s: its points %s are missing; near and far come without them", path, cloud)
+        return frames, None
+    return depth_bounds.with_points(frames, point_cloud.read_ply(cloud))
 
 
 def _transforms_frame(

@@ -82,6 +82,7 @@ def load_scene(
     strict: bool = True,
     image_folder: str | None = None,
     rig: int | None = None,
+    near_far: tuple[float, float] | None = None,
 ) -> Scene:
     """Loads a scene folder, a camera file, a COLMAP model folder or a RealEstate10K clip.
 
@@ -94,6 +95,7 @@ def load_scene(
       strict: False leaves frames out whose image is missing, with one counted warning.
       image_folder: which copy of the images to use, such as "images_4" (intrinsics follow).
       rig: which rig position of a Spaces scene; the first by default.
+      near_far: z-depths for every camera, in place of the scene's own.
 
     Raises:
       InputError: one sentence that names the file, the frame and the reason.
@@ -102,6 +104,8 @@ def load_scene(
     options = Options(strict=strict, image_folder=image_folder, rig=rig)
     loaded = layouts.recognise(path)(options)
     scene = _scene(loaded, path, size)
+    if near_far is not None:
+        scene = _with_depths(scene, np.tile(near_far, (len(scene), 1)), "given by the caller")
     return scene if size is None else scene.resized(*size)
 
 
@@ -134,8 +138,16 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
     limits = depth_bounds.from_points(scene.frames, points, unseen)
     if limits is None:
         return scene
-    cameras = dataclasses.replace(scene.cameras, near=limits[:, 0], far=limits[:, 1])
-    return dataclasses.replace(scene, cameras=cameras, bounds=depth_bounds.FROM_IMAGES)
+    return _with_depths(scene, limits, depth_bounds.FROM_IMAGES)
+
+
+def _with_depths(scene: Scene, limits: np.ndarray, bounds: str) -> Scene:
+    """The scene with other near and far [n, 2]."""
+    near, far = np.asarray(limits, np.float64).T
+    if not np.all((0 < near) & (near < far) & (far < np.inf)):
+        raise InputError(f"{scene.path}: near {near[0]:g}, far {far[0]:g}: need 0 < near < far.")
+    cameras = dataclasses.replace(scene.cameras, near=near, far=far)
+    return dataclasses.replace(scene, cameras=cameras, bounds=bounds)
 
 
 def _neighbours(poses: np.ndarray, pairs: int) -> list[tuple[int, int]]:
