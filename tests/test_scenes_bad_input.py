@@ -280,12 +280,13 @@ def test_folder_that_is_no_scene(tmp_path):
         scenes.find_scenes(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
 @pytest.mark.parametrize("target", [".", "opencv_cameras.json", "images/102.png"])
 def test_path_without_permission(image, target):
     path = image.parent.parent / target
     path.chmod(0)
     try:
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
         refused(image.parent.parent, path.name if target != "." else str(path), "ermission")
     finally:
         path.chmod(0o700)

@@ -81,11 +81,12 @@ def _header(path: pathlib.Path, text: str) -> tuple[str, int, np.dtype]:
 
 
 def _ascii(path: pathlib.Path, body: bytes, count: int, columns: list[int]) -> np.ndarray:
-    lines = body.split(b"\n", count)[:count]
+    rows = [line.split() for line in body.split(b"\n", count)[:count]]
+    whole = sum(len(row) > max(columns) for row in rows)
+    if whole < count:
+        raise InputError(f"{path}: {whole} of {count} points are whole; the file is damaged.")
     try:
-        rows = [[float(line.split()[column]) for column in columns] for line in lines]
-    except (ValueError, IndexError) as error:
+        points = [[float(row[column]) for column in columns] for row in rows]
+    except ValueError as error:
         raise InputError(f"{path}: a vertex is not a line of numbers ({error}).") from error
-    if len(rows) < count:
-        raise InputError(f"{path}: {len(rows)} of {count} points; the file is truncated.")
-    return np.array(rows, np.float64).reshape(-1, 3)
+    return np.array(points, np.float64).reshape(-1, 3)
