@@ -104,6 +104,7 @@ def test_a_step_with_nan_changes_nothing_but_counters():
     assert [int(s.skipped) for s in states] == [0, 0, 1, 2, 2]
     assert [int(s.skipped_in_row) for s in states] == [0, 0, 1, 2, 0]
     assert [int(m["skipped"]) for m in metrics] == [0, 1, 1, 0]
+    assert [int(m["bad_data"]) for m in metrics] == [0, 1, 1, 0]
     # The step after it is applied, and is the one that would have been made without them.
     without, _ = run(toy.config(ema=0.9), good, ONE)
     assert_trees_equal(without[-1].params, states[-1].params)
@@ -117,8 +118,9 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
         bias = variables["params"]["image"]["bias"]
         return value + jnp.sum(jnp.sqrt(jnp.abs(bias * 0))), aux  # gradient 0 * inf
 
-    states, _ = run(toy.config(), some(1), ONE, base._replace(loss=loss))
+    states, metrics = run(toy.config(), some(1), ONE, base._replace(loss=loss))
     assert int(states[-1].skipped) == 1
+    assert int(metrics[-1]["bad_data"]) == 0
     assert_trees_equal(states[0].params, states[1].params)
 
 

@@ -153,17 +153,19 @@ class Progress:
 
 
 def average(window: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps that were not skipped; counters (skipped*) are the newest.
+    """Means over the steps that were not skipped; of counters the sum or the newest value.
 
     Args:
-      window: metrics of each step, scalars on the device; "skipped" is 1 for a skipped step.
+      window: metrics of each step, scalars on the device; "skipped" is 1 for a skipped step,
+        "bad_data" 1 if its batch held values that are not finite (both are summed up), and
+        "skipped_*" count on from step to step.
     """
     window = jax.device_get(window)
     kept = [m for m in window if not m["skipped"]]
     means = {k: float(np.mean([m[k] for m in kept])) if kept else math.nan for k in window[-1]}
     counters = {k: float(v) for k, v in window[-1].items() if k.startswith("skipped_")}
-    means |= {"skipped": float(sum(m["skipped"] for m in window))} | counters
-    return means
+    sums = {k: float(sum(m[k] for m in window)) for k in ("skipped", "bad_data")}
+    return means | sums | counters
 
 
 def _until(text: str, step: int) -> str:

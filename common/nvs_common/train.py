@@ -106,6 +106,8 @@ def fit(
         stack.callback(writer.close)
         progress = report.Progress(first, config.num_steps)
         stack.callback(progress.close)
+        said = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        _log.info("mesh %s of %s; compiling the step", said, mesh.devices.flat[0].device_kind)
         loop = _Loop(config, workdir, mesh, store, start.feed, writer, progress, stop, evaluate)
         train_step = training_step.compile_step(task, tx, config, start.abstract, mesh)
         return loop.run(start.state, train_step)
@@ -264,9 +266,11 @@ class _Loop:
         self.progress.report(step, values)
         if values["skipped"]:
             _log.warning(
-                "up to step %d: %d steps skipped because loss or gradient was not finite",
+                "up to step %d: %d steps skipped because loss or gradient was not finite (%d of "
+                "them with such values in the data)",
                 step,
                 values["skipped"],
+                values["bad_data"],
             )
         in_row = int(values["skipped_in_row"])
         if in_row > self.config.max_skipped:

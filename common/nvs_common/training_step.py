@@ -160,6 +160,8 @@ def make_step(task: Task, tx: optax.GradientTransformation, config: runs.Config)
             "skipped": bad,
             "skipped_total": new.skipped,
             "skipped_in_row": new.skipped_in_row,
+            # Tells bad data from a diverged model.
+            "bad_data": bad * (1 - _finite(batch)),
         }
         return new, metrics
 
@@ -197,6 +199,13 @@ def check_batch(config: runs.Config, mesh: Mesh) -> None:
         raise errors.InputError(
             f"batch_size={config.batch_size} does not divide over {jax.process_count()} processes."
         )
+
+
+def _finite(tree: Any) -> Array:
+    """1 if every floating value of the tree is finite, else 0."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    fine = [jnp.all(jnp.isfinite(x)) for x in floats]
+    return jnp.all(jnp.stack(fine)).astype(jnp.int32)
 
 
 def _keys(config: runs.Config) -> Array:
