@@ -41,7 +41,9 @@ class Encoder(nn.Module):
             for block in range(count):
                 x = layers.ConvBlock(scale, self.dtype, name=f"level{level}_block{block}")(x)
             head = layers.RMSNorm(dtype=self.dtype, name=f"level{level}_norm")(x)
-            levels.append(nn.Dense(self.channels, dtype=self.dtype, name=f"level{level}_head")(head))
+            levels.append(
+                nn.Dense(self.channels, dtype=self.dtype, name=f"level{level}_head")(head)
+            )
         return levels
 
 

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 from nvs_common import layers
 from nvs_common.types import Array
 
-# Attention starts as a mean over views: queries this small give logits near zero.
-QUERY_SCALE = 0.1
-
 
 def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float) -> Array:
     """One query an element against one key a view, with a float32 softmax over the views.
@@ -65,6 +62,7 @@ class OneToMany(nn.Module):
       folded: keys and values are the raw features (Eq. 8); otherwise the standard form.
       uniform: ablation without cross-attention: every valid view has the same weight.
       residual_scale: factor on the output's initial weights.
+      query_scale: factor on the queries' initial weights; small ones start as a mean.
       dtype: compute type.
     """
 
@@ -72,6 +70,7 @@ class OneToMany(nn.Module):
     folded: bool = True
     uniform: bool = False
     residual_scale: float = 1.0
+    query_scale: float = 0.1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -89,7 +88,9 @@ class OneToMany(nn.Module):
                 shape, use_bias=False, dtype=self.dtype, kernel_init=init, name=name
             )
 
-        query = dense("query", QUERY_SCALE)(layers.RMSNorm(dtype=self.dtype, name="norm")(volume))
+        query = dense("query", self.query_scale)(
+            layers.RMSNorm(dtype=self.dtype, name="norm")(volume)
+        )
         if self.uniform:
             query = jnp.zeros_like(query)
         if self.folded:

@@ -8,7 +8,7 @@ them with `jax.vmap`. Geometry is float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -40,13 +40,13 @@ class Logits(NamedTuple):
     Attributes:
       depth: [l, y, x] before tanh.
       density: [l, y, x] before the sigmoid.
-      blend: [v, l, y, x] before the softmax over views.
+      blend: [v, l, y, x] before the softmax over views; None where nothing is blended.
       color: [l, y, x, 3] before the sigmoid, or None: only in the RGB ablation.
     """
 
     depth: Array
     density: Array
-    blend: Array
+    blend: Array | None = None
     color: Array | None = None
 
 
@@ -85,12 +85,8 @@ def project(depth: Array, target: Cameras, view: Cameras) -> Projection:
       Positions as a fraction of the view's size, and which of them the view sees.
     """
     chex.assert_shape(depth, (None, target.height, target.width))
-    view_from_target = cameras.compose(
-        cameras.invert(view.world_from_cam), target.world_from_cam
-    )
-    rays = cameras.camera_rays(
-        target.intrinsics, cameras.pixel_grid(target.height, target.width)
-    )
+    view_from_target = cameras.compose(cameras.invert(view.world_from_cam), target.world_from_cam)
+    rays = cameras.camera_rays(target.intrinsics, cameras.pixel_grid(target.height, target.width))
     points = cameras.transform(view_from_target, rays[None] * depth[..., None])
     uv, z = cameras.project_camera(view.intrinsics, points)
     valid = (z > MIN_VIEW_DEPTH) & sampling.inside(uv, view.height, view.width)
@@ -165,27 +161,36 @@ def upsample(logits: Logits, height: int, width: int) -> Logits:
     def planes(x: Array) -> Array:
         return resize(x.astype(jnp.float32)[..., None], height, width)[..., 0]
 
-    color = None if logits.color is None else resize(logits.color, height, width)
-    return Logits(planes(logits.depth), planes(logits.density), planes(logits.blend), color)
+    return Logits(
+        planes(logits.depth),
+        planes(logits.density),
+        None if logits.blend is None else planes(logits.blend),
+        None if logits.color is None else resize(logits.color, height, width),
+    )
 
 
 def blend_weights(logits: Array, valid: Array) -> Array:
-    """Softmax over the views that see an element (Sec. 3.2.3).
+    """Softmax over the views that see an element, or over all where none does (Sec. 3.2.3).
 
     Args:
       logits: [v, ...].
-      valid: [v, ...] bool. Where no view sees the element the weights are zero.
+      valid: [v, ...] bool.
 
     Returns:
-      [v, ...], summing to one or zero.
+      [v, ...], summing to one.
     """
-    logits = jnp.where(valid, logits.astype(jnp.float32), -1e9)
-    weights = jax.nn.softmax(logits, axis=0)
-    return weights * jnp.any(valid, axis=0)[None]
+    takes_part = valid | ~jnp.any(valid, axis=0)[None]
+    logits = jnp.where(takes_part, logits.astype(jnp.float32), -1e9)
+    return jax.nn.softmax(logits, axis=0)
 
 
 def upsample_activate(
-    logits: Logits, target: Cameras, context: Views, *, opaque_background: bool = False
+    logits: Logits,
+    target: Cameras,
+    context: Views,
+    *,
+    opaque_background: bool = False,
+    unseen: Literal["black", "edge"] = "black",
 ) -> Render:
     """Upsamples an LDM to the target's size, activates it and renders it (Eq. 1).
 
@@ -194,6 +199,7 @@ def upsample_activate(
       target: [] camera; its height and width are the output's.
       context: [v] full-resolution input images and cameras.
       opaque_background: make the farthest layer opaque.
+      unseen: colour of elements outside of every view: black, or the views' nearest edge.
 
     Returns:
       Render of one image [h, w, 3], its depth [h, w] and accumulated alpha [h, w]. What no
@@ -207,7 +213,9 @@ def upsample_activate(
     if full.color is not None:
         color = jax.nn.sigmoid(full.color.astype(jnp.float32))
     else:
-        color = blended_color(depth, full.blend, target, context)
+        if full.blend is None:
+            raise ValueError("the map has neither blend logits nor colours")
+        color = blended_color(depth, full.blend, target, context, unseen=unseen)
     return Render(
         images=compositing.over(color, density),
         depth=compositing.expected_depth(depth, density, target.far),
@@ -215,7 +223,14 @@ def upsample_activate(
     )
 
 
-def blended_color(depth: Array, blend: Array, target: Cameras, context: Views) -> Array:
+def blended_color(
+    depth: Array,
+    blend: Array,
+    target: Cameras,
+    context: Views,
+    *,
+    unseen: Literal["black", "edge"] = "black",
+) -> Array:
     """Colour of every element: the inputs at its projections, blended.
 
     Args:
@@ -223,10 +238,13 @@ def blended_color(depth: Array, blend: Array, target: Cameras, context: Views) -
       blend: [v, l, h, w] logits.
       target: [] camera of size h x w.
       context: [v] images and cameras.
+      unseen: see `upsample_activate`.
 
     Returns:
       [l, h, w, 3].
     """
+    if unseen not in ("black", "edge"):
+        raise ValueError(f"unseen is {unseen!r}; expected 'black' or 'edge'")
 
     def view_color(image: Array, camera: Cameras) -> tuple[Array, Array]:
         projection = project(depth, target, camera)
@@ -234,7 +252,10 @@ def blended_color(depth: Array, blend: Array, target: Cameras, context: Views) -
         return sampling.gather(image, uv, border="edge"), projection.valid
 
     colors, valid = jax.vmap(view_color)(context.images, context.cameras)
-    return jnp.einsum("v...,v...c->...c", blend_weights(blend, valid), colors)
+    color = jnp.einsum("v...,v...c->...c", blend_weights(blend, valid), colors)
+    if unseen == "black":
+        color = color * jnp.any(valid, axis=0)[..., None]
+    return color
 
 
 def ray_difference(view: Cameras, target: Cameras) -> Array:
@@ -251,9 +272,7 @@ def ray_difference(view: Cameras, target: Cameras) -> Array:
     Returns:
       [y, x, 2].
     """
-    target_from_view = cameras.compose(
-        cameras.invert(target.world_from_cam), view.world_from_cam
-    )
+    target_from_view = cameras.compose(cameras.invert(target.world_from_cam), view.world_from_cam)
     rays = cameras.camera_rays(view.intrinsics, cameras.pixel_grid(view.height, view.width))
     origin = target_from_view[:3, 3].reshape(1, 1, 3)
     direction = jnp.einsum("ij,yxj->yxi", target_from_view[:3, :3], rays, precision="highest")

@@ -7,7 +7,7 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -56,6 +56,7 @@ class Fused(nn.Module):
     folded: bool
     uniform: bool
     residual_scale: float
+    query_scale: float
     dtype: Any
 
     @nn.compact
@@ -67,6 +68,7 @@ class Fused(nn.Module):
                 self.folded,
                 self.uniform,
                 self.residual_scale,
+                self.query_scale,
                 self.dtype,
                 name=f"attention{block}",
             )(volume, delta, valid)
@@ -95,6 +97,9 @@ class Quark(nn.Module):
       mask_invalid: views that do not see an element take no part (not published).
       normalize_splat: see `ldm.splat_to_view`.
       opaque_background: make the farthest layer opaque (not published).
+      unseen: colour of what no input sees, "black" or the inputs' nearest "edge" (not published).
+      query_scale: initial scale of the attention's queries; small ones start as a mean over the
+        views (not published).
       dtype: compute type of the network; geometry and compositing are float32.
     """
 
@@ -115,6 +120,8 @@ class Quark(nn.Module):
     mask_invalid: bool = True
     normalize_splat: bool = False
     opaque_background: bool = False
+    unseen: Literal["black", "edge"] = "black"
+    query_scale: float = 0.1
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -134,7 +141,14 @@ class Quark(nn.Module):
             fusion.UpdateNetwork(self.channels, self.update_blocks, self.dtype) for _ in self.stages
         ]
         self.fused = [
-            Fused(stage, self.folded_attention, not self.cross_attention, scale, self.dtype)
+            Fused(
+                stage,
+                self.folded_attention,
+                not self.cross_attention,
+                scale,
+                self.query_scale,
+                self.dtype,
+            )
             for stage in self.stages
         ]
         self.collapses = [
@@ -163,22 +177,36 @@ class Quark(nn.Module):
 
     def render(self, context: Views, features: list[Array], targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v] and its `encode`d features."""
+        return self._solve_and_draw(context, features, targets)[0]
+
+    def render_stages(self, context: Views, targets: Cameras) -> tuple[Render, list[ldm.Logits]]:
+        """Renders targets and returns the map after every stage, [(b t), l, y, x], for losses."""
+        return self._solve_and_draw(context, self.encode(context), targets)
+
+    def _solve_and_draw(
+        self, context: Views, features: list[Array], targets: Cameras
+    ) -> tuple[Render, list[ldm.Logits]]:
         num_targets = targets.near.shape[1]
         flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), targets)
         flat = _as_float32(flat)
         per_target = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), context)
         per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
-        logits = self.solve(per_target.cameras, features, flat)
+        stages = self.solve(per_target.cameras, features, flat)
 
         def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
             return ldm.upsample_activate(
-                logits, target, views, opaque_background=self.opaque_background
+                logits,
+                target,
+                views,
+                opaque_background=self.opaque_background,
+                unseen=self.unseen,
             )
 
-        rendered = jax.vmap(one)(logits, flat, per_target)
-        return jax.tree.map(lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets), rendered)
+        rendered = jax.vmap(one)(stages[-1], flat, per_target)
+        unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets)  # noqa: E731
+        return jax.tree.map(unflatten, rendered), stages
 
-    def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> ldm.Logits:
+    def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
         """Solves one layered depth map for each target.
 
         Args:
@@ -188,12 +216,13 @@ class Quark(nn.Module):
           targets: [n].
 
         Returns:
-          Logits with leading [n] on the finest grid.
+          The map with leading [n] after every stage, the last on the finest grid; only the last
+          has blend logits.
         """
         repeats = targets.near.shape[0] // features[0].shape[0]
         finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
         rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
-        volume, delta, valid = None, None, None
+        volume, delta, stages = None, None, []
         for index, stage in enumerate(self.stages):
             grid = tuple(side >> stage.level for side in finest)
             level = repeat(features[stage.level], "b v ... -> (b t) v ...", t=repeats)
@@ -206,13 +235,15 @@ class Quark(nn.Module):
                     volume = self.collapses[index](volume)
                 decode = self.decoders[index - 1]
                 size = features[self.stages[index - 1].level].shape[-3:-1]
-                seen = self._render_to_views(decode(volume), views, targets, size)
+                decoded = decode(volume)
+                stages.append(ldm.Logits(decoded["depth"], decoded["density"]))
+                seen = self._render_to_views(decoded, views, targets, size)
                 volume = ldm.resize(volume, *grid)
                 depth_logits = decode(volume)["depth"]
             update = self.updates[index](_inputs(seen, level, ray, self.dtype))
             delta, valid = self._back_project(update, depth_logits, views, targets)
             volume = self.fused[index](volume, delta, valid)
-        return self._logits(volume, delta)
+        return [*stages, self._logits(volume, delta)]
 
     @property
     def _multiple(self) -> int:
@@ -252,9 +283,7 @@ class Quark(nn.Module):
         def one(appearance, density, depth_logits, target, view):
             depth = ldm.depths(depth_logits, target.near, target.far)
             uv = ldm.project(depth, target, view).uv
-            return ldm.splat_to_view(
-                appearance, density, uv, *size, normalize=self.normalize_splat
-            )
+            return ldm.splat_to_view(appearance, density, uv, *size, normalize=self.normalize_splat)
 
         over_views = jax.vmap(one, in_axes=(None, None, None, None, 0))
         return jax.vmap(over_views)(appearance, density, decoded["depth"], grid_targets, views)
@@ -279,13 +308,11 @@ class Quark(nn.Module):
         """Reads the finished map off the volume (Sec. 3.2.3)."""
         decoded = self.final_decoder(volume)
         color = self.color(volume.astype(jnp.float32)) if self.output == "rgb" else None
-        if self.output == "rgb":
-            blend = jnp.zeros((*delta.shape[:-1],), jnp.float32)
-        else:
+        blend = None
+        if color is None:
             query = self.blend_query(self.blend_norm(volume))
             blend = jnp.einsum("...c,v...c->v...", query, delta).astype(jnp.float32)
-            blend = blend * self.channels**-0.5
-        blend = jnp.moveaxis(blend, 0, 1)
+            blend = jnp.moveaxis(blend * self.channels**-0.5, 0, 1)
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
 
 
@@ -308,11 +335,9 @@ def _as_float32(cams: Cameras) -> Cameras:
 PARAM_AXES = {
     r"seed": (None,),
     r".*/(scale|bias)": (None,),
-    r"fused_.*/(query|key|value)/kernel": (None, None, None),
-    r"blend_query/kernel": (None, None),
-    r".*/output/kernel": (None, None, None),
+    r"fused_\d/attention\d/(query|key|value|output)/kernel": (None, None, None),
     r".*(stem|conv_in|conv_out)/kernel": (None, None, None, None),
-    r".*(head|dense_in|dense_out|depth|density|appearance|color|ray_projections_\d)/kernel": (
+    r".*(head|dense_in|dense_out|depth|density|appearance|color|blend_query|projections_\d)/kernel": (
         None,
         None,
     ),

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nvs_common import losses, metrics, perceptual, sampling
+from nvs_common import losses, metrics, perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
-from quark_jax import ldm, model
+from quark_jax import model, supervision
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -25,6 +25,9 @@ def make(config: ConfigDict) -> Task:
     """
     module = make_module(config.model)
     l1_weight, temporal_weight = config.loss.l1_weight, config.loss.temporal_weight
+    depth_weight = config.loss.depth_weight
+    if depth_weight > 0 and not config.data.with_depth:
+        raise InputError("loss.depth_weight needs data.with_depth=True: the true depth of targets")
     # Without perceptual weights, which cannot be shipped, training falls back to L1 alone.
     lpips_params = None
     if config.loss.lpips_weights and config.loss.lpips_weight > 0:
@@ -38,7 +41,8 @@ def make(config: ConfigDict) -> Task:
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key  # nothing in Quark's loss is random
-        rendered = render(variables, batch.context, batch.target.cameras)
+        targets = batch.target.cameras
+        rendered, stages = module.apply(variables, batch.context, targets, method="render_stages")
         truth = jnp.asarray(batch.target.images, jnp.float32)
         l1 = losses.l1(rendered.images, truth)
         values = {"l1": l1, "psnr": jnp.mean(metrics.psnr(rendered.images, truth))}
@@ -46,8 +50,13 @@ def make(config: ConfigDict) -> Task:
         if lpips_params is not None:
             values["lpips"] = jnp.mean(perceptual.lpips(lpips_params, rendered.images, truth))
             total += config.loss.lpips_weight * values["lpips"]
+        if depth_weight > 0:
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), targets)
+            depth = batch.extras["depth"].reshape(-1, targets.height, targets.width)
+            values["depth"] = supervision.stage_depth_loss(stages, depth, flat)
+            total += depth_weight * values["depth"]
         if temporal_weight > 0:
-            values["temporal"] = temporal_difference(rendered, batch.target)
+            values["temporal"] = supervision.temporal_difference(rendered, batch.target)
             total += temporal_weight * values["temporal"]
         return total, Aux(metrics={"loss": total, **values})
 
@@ -66,30 +75,3 @@ def make_module(fields: Mapping[str, Any]) -> model.Quark:
     if "encoder_blocks" in fields:
         fields["encoder_blocks"] = tuple(fields["encoder_blocks"])
     return model.Quark(**fields)
-
-
-def temporal_difference(rendered: Render, target: Views) -> Array:
-    """How much neighbouring renders flicker beyond what the photographs do; a scalar.
-
-    Each target but the last is compared with the next one of its scene, warped by the first's
-    depth; the same warp of the photographs is subtracted, so that true view-dependence and
-    occlusion cost nothing. Needs two targets a scene. Not part of the published loss.
-    """
-    if rendered.images.shape[1] < 2:
-        raise InputError("loss.temporal_weight needs data.num_target of 2 or more")
-    truth = jnp.asarray(target.images, jnp.float32)
-
-    def pair(first: Array, second: Array, cam: Cameras, other: Cameras, depth: Array) -> Array:
-        projection = ldm.project(depth[None], cam, other)
-        size = jnp.array([other.width, other.height], jnp.float32).reshape(1, 1, 2)
-        warped = sampling.gather(second, projection.uv[0] * size, border="edge")
-        return (first - warped) * projection.valid[0][..., None]
-
-    flat = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), target.cameras)
-    now, later = flat[:, :-1], flat[:, 1:]
-    # The depth only says where to look: it is not trained to hide flicker.
-    depth = jax.lax.stop_gradient(rendered.depth[:, :-1])
-    over_scene = jax.vmap(jax.vmap(pair))
-    drawn = over_scene(rendered.images[:, :-1], rendered.images[:, 1:], now, later, depth)
-    seen = over_scene(truth[:, :-1], truth[:, 1:], now, later, depth)
-    return jnp.mean(jnp.abs(drawn - seen))
