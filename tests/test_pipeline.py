@@ -1,6 +1,8 @@
 """The data pipeline: order a function of (seed, step), whatever the hosts, workers and restarts."""
 
+import collections
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -325,6 +327,16 @@ def test_bad_options_are_named_before_training(changes, message):
     shard = grain.sharding.ShardOptions(0, 2)
     with pytest.raises(InputError, match=message):
         pipeline.training_batches(config(**changes), source=Source(), shard=shard)
+
+
+def test_little_shared_memory_falls_back_to_threads_with_a_warning(golden, monkeypatch, caplog):
+    free = collections.namedtuple("Usage", "free")(10_000)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(pipeline, "_SHARED_MEMORY", str(ROOT))
+    iterator = pipeline.training_batches(config(with_depth=True, workers=2), source=Source())
+    assert_equal(take(iterator, 1)[0], golden[0])
+    assert not multiprocessing.active_children()
+    assert "2 data workers need" in caplog.text and "--shm-size" in caplog.text
 
 
 SCRIPT = """

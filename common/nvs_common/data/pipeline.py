@@ -19,7 +19,6 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -46,7 +45,9 @@ _START_SECONDS = 60
 _QUEUE = 1
 _ENDLESS = 2**48  # samples; Grain's own endless length overflows where it is rounded up
 _SHARED_MEMORY = "/dev/shm"
-_SHARED_MEMORY_LEAF = 64 * 1024  # bytes; smaller arrays travel faster through the pipe
+# Smaller arrays go through a pipe. What is in the pipe has to fit its buffer of 64 KiB, or a
+# worker that is told to end waits in vain for its last batch to be taken.
+_SHARED_MEMORY_LEAF = 1024
 
 
 def training_batches(
@@ -79,13 +80,9 @@ def training_batches(
     sequence = sample_sequence(source, sampler, config.seed)
     first = source[0].cameras
     views = rows * (sampler.num_context + sampler.num_target)
-    return BatchIterator(
-        sequence,
-        config.batch_size,
-        shard,
-        workers=config.data.workers,
-        batch_bytes=views * first.height * first.width * 3 * np.dtype(np.float32).itemsize,
-    )
+    batch_bytes = views * first.height * first.width * 3 * np.dtype(np.float32).itemsize
+    workers = config.data.workers if _fits_shared_memory(config.data.workers, batch_bytes) else 0
+    return BatchIterator(sequence, config.batch_size, shard, workers)
 
 
 def sample_sequence(source: Any, sampler: samples.Sampler, seed: int) -> grain.MapDataset:
@@ -130,15 +127,12 @@ class BatchIterator(Iterator[Batch]):
         sequence: grain.MapDataset,
         batch_size: int,
         shard: grain.sharding.ShardOptions,
-        *,
         workers: int,
-        batch_bytes: int,
     ):
         self._sequence = sequence
         self._batch_size = batch_size
         self._shard = shard
         self._workers = workers
-        self._batch_bytes = batch_bytes
         self._step = 0
         self._chain: Any = None
         _iterators.add(self)
@@ -188,7 +182,7 @@ class BatchIterator(Iterator[Batch]):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        options = grain.experimental.DatasetOptions(min_shm_size=self._smallest_shared())
+        options = grain.experimental.DatasetOptions(min_shm_size=_SHARED_MEMORY_LEAF)
         chain = grain.experimental.WithOptionsIterDataset(batches.to_iter_dataset(reading), options)
         chain = chain.mp_prefetch(
             grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_QUEUE),
@@ -211,21 +205,6 @@ class BatchIterator(Iterator[Batch]):
                 time.sleep(0.01)
         return batch
 
-    def _smallest_shared(self) -> int:
-        """Bytes from which an array goes through shared memory; a full one kills the workers."""
-        # Beside these, one in the making and one being handed over.
-        needed = self._workers * (2 * _QUEUE + 2) * self._batch_bytes
-        if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < needed:
-            logging.warning(
-                "%s has less than the %.1f MB that %d data workers need: batches go through pipes, "
-                "which is slower. Containers: --shm-size.",
-                _SHARED_MEMORY,
-                needed / 1e6,
-                self._workers,
-            )
-            return sys.maxsize
-        return _SHARED_MEMORY_LEAF
-
 
 def _fold(seed: int, number: int) -> int:
     """A seed in [0, 2**32) for source `number` of a mixture."""
@@ -247,6 +226,22 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+
+
+def _fits_shared_memory(workers: int, batch_bytes: int) -> bool:
+    """Whether workers can pass their batches; they would be killed where the memory runs out."""
+    # Beside those that lie ready, one in the making and one being handed over.
+    needed = workers * (2 * _QUEUE + 2) * batch_bytes
+    if not os.path.isdir(_SHARED_MEMORY) or shutil.disk_usage(_SHARED_MEMORY).free >= needed:
+        return True
+    logging.warning(
+        "%s has less than the %.0f MB that %d data workers need: threads make the batches, which "
+        "is slower. Give the container more with --shm-size, or set data.workers lower.",
+        _SHARED_MEMORY,
+        needed / 1e6,
+        workers,
+    )
+    return False
 
 
 @contextlib.contextmanager
