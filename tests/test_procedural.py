@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from nvs_common import cameras as camera_math
-from nvs_common.data import lighting, procedural, raycast, rigs, scenery, shading, shapes, textures
+from nvs_common.data import (
+    builder,
+    lighting,
+    procedural,
+    raycast,
+    rigs,
+    shading,
+    shapes,
+    textures,
+)
 from nvs_common.data.raycast import Solids, Surround
 from nvs_common.errors import InputError
 
@@ -63,27 +72,27 @@ def test_depth_of_a_sphere_before_a_wall_is_analytic_at_pixel_centres():
 
 @pytest.mark.parametrize("kind", [shapes.BOX, shapes.ELLIPSOID, shapes.CYLINDER])
 def test_solid_shapes_are_entered_where_their_implicit_functions_say(kind):
-    axes, half = scenery.turn(np.random.default_rng(kind)), np.array([0.7, 0.4, 1.1])
-    rays, pose, k = view([2.0, -2.5, 1.0], [0.0, 0.0, 0.0])
+    axes, half = builder.turn(np.random.default_rng(kind)), np.array([0.7, 0.4, 1.1])
+    rays, pose, k = view([2.0, -2.5, 1.0], [0.0, 0.0, 0.0], 28, 40, 45.0)
     hits = raycast.trace(solids_of(kind, half, axes), raycast.NOTHING, rays, CENTRE)
     d = directions(pose, k, rays.height, rays.width).reshape(-1, 1, 3)
-    steps = np.linspace(1.0, 6.0, 4001)[:, None]
+    steps = np.linspace(1.0, 6.0, 1501)[:, None]
     local = np.abs((pose[:3, 3] + steps * d) @ axes / half)
     ball = (local**2).sum(-1) < 1
     tube = ((local[..., :2] ** 2).sum(-1) < 1) & (local[..., 2] < 1)
     inside = {shapes.BOX: local.max(-1) < 1, shapes.ELLIPSOID: ball, shapes.CYLINDER: tube}[kind]
     # Rays that graze the shape may fall between two steps.
-    sure = inside.sum(axis=1) > 20
+    sure = inside.sum(axis=1) > 10
     never = ~inside.any(axis=1)
     found = hits.depth[0, :, 0]
     assert sure.mean() > 0.03
-    np.testing.assert_allclose(found[sure], steps[inside.argmax(axis=1)[sure], 0], atol=0.003)
+    np.testing.assert_allclose(found[sure], steps[inside.argmax(axis=1)[sure], 0], atol=0.005)
     assert np.isinf(found[never]).mean() > 0.995
 
 
 @pytest.mark.parametrize("kind", [shapes.QUAD, shapes.DISC, shapes.LEAF, shapes.CUTOUT])
 def test_flat_shapes_are_hit_in_their_plane_inside_their_outline(kind):
-    axes, half = scenery.turn(np.random.default_rng(9)), np.array([0.9, 0.6, 1e-3])
+    axes, half = builder.turn(np.random.default_rng(9)), np.array([0.9, 0.6, 1e-3])
     rays, pose, k = view([1.0, -3.0, 1.0], [0.0, 0.0, 0.0])
     bitmap = shapes.cutout_count() - 1
     hits = raycast.trace(solids_of(kind, half, axes, bitmap=bitmap), raycast.NOTHING, rays, CENTRE)
@@ -162,7 +171,7 @@ def test_range_of_depth_is_kept_and_realistic(scenes):
 def test_cameras_keep_clear_of_solids_and_walls(scenes):
     for scene in scenes:
         centres = scene.cameras.world_from_cam[:, :3, 3]
-        distance = scenery.distances(scene.stage.solids, centres)
+        distance = builder.distances(scene.stage.solids, centres)
         assert (distance > 0.2 * scene.cameras.near).all()
         surround = scene.stage.surround
         low = np.where(surround.kind == "open", [-np.inf, -np.inf, 0], surround.low)
@@ -274,11 +283,18 @@ def test_a_scene_rendered_larger_is_the_same_picture(scenes):
         np.testing.assert_allclose(large.cameras.intrinsics, 2 * scene.cameras.intrinsics)
         image = large.images([2])[0].reshape(48, 2, 80, 2, 3).mean(axis=(1, 3))
         assert np.abs(image - scene.images([2])[0]).mean() < 0.03
-        # Three times the size has a pixel centre at every old pixel centre.
-        same = np.isclose(
-            scene.resized(144, 240).depths([2])[0, 1::3, 1::3], scene.depths([2])[0], rtol=1e-3
+        # Three times the size has a pixel centre at every old pixel centre. Cut-outs become
+        # finer; everything else stays where it is.
+        small, big = (
+            procedural._rays(c[[2]]) for c in (scene.cameras, scene.resized(144, 240).cameras)
         )
-        assert same.mean() > 0.97
+        a, b = (
+            raycast.trace(scene.stage.solids, scene.stage.surround, r, CENTRE) for r in (small, big)
+        )
+        index = np.arange(144 * 240).reshape(144, 240)[1::3, 1::3].ravel()
+        same = a.surface[0, :, 0] == b.surface[0, index, 0]
+        assert same.mean() > 0.9
+        np.testing.assert_allclose(a.depth[0, same, 0], b.depth[0, index[same], 0], rtol=1e-3)
 
 
 def test_resizing_to_another_aspect_crops_the_centre(scenes):

@@ -77,14 +77,16 @@ def cast(lamps: list[Lamp], solids: Solids, surround: Surround) -> Lights:
 
 
 def _blur(image: np.ndarray, radius: int) -> np.ndarray:
-    """Twice a box filter of 2 * radius + 1 on [h, w, c], as differences of running sums."""
+    """Twice a box filter of 2 * radius + 1 on [h, w, c]."""
     for axis in (0, 1, 0, 1):
-        image = np.moveaxis(image, axis, 0)
-        padded = np.pad(image, [(radius + 1, radius), (0, 0), (0, 0)], mode="edge")
-        total = np.cumsum(padded, axis=0, dtype=np.float64)
-        box = (total[2 * radius + 1 :] - total[: -2 * radius - 1]) / (2 * radius + 1)
-        image = np.moveaxis(box.astype(np.float32), 0, axis)
-    return np.ascontiguousarray(image)
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(image.ndim)]
+        padded = np.pad(image, pad, mode="edge")
+        size, total = image.shape[axis], np.zeros_like(image)
+        for step in range(2 * radius + 1):
+            window = slice(step, step + size)
+            total += padded[window] if axis == 0 else padded[:, window]
+        image = total / np.float32(2 * radius + 1)
+    return image
 
 
 def arriving(

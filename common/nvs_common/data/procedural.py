@@ -12,7 +12,7 @@ import operator
 import numpy as np
 
 from nvs_common.data import raycast, rigs, shading, stages
-from nvs_common.data.raycast import Hits, Rays
+from nvs_common.data.raycast import Rays
 from nvs_common.data.shading import Stage
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
@@ -20,6 +20,7 @@ from nvs_common.types import Cameras
 # Four samples of a pixel on a rotated grid: no two share a row or a column.
 _SAMPLES = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]])
 _CENTRE = np.zeros((1, 2))
+_BAND = 8192
 # Size of the sparse renderings from which depth ranges and exposure are measured.
 _SPARSE_WIDTH = 32
 
@@ -119,8 +120,10 @@ class ProceduralScene:
 
     def _image(self, index: int) -> np.ndarray:
         rays = _rays(self.cameras[[index]])
-        hits = raycast.trace(self.stage.solids, self.stage.surround, rays, _SAMPLES)
-        light = _render(self.stage, rays, hits)
+        # Bands of rows keep the arrays of a large image inside the processor's cache.
+        rows = max(_BAND // rays.width, 1)
+        bands = [rays.band(top, top + rows) for top in range(0, rays.height, rows)]
+        light = np.concatenate([_render(self.stage, band) for band in bands])
         rng = np.random.default_rng([*self.seed, index, 1])
         return self.look.develop(light.reshape(rays.height, rays.width, 3), rng)
 
@@ -131,12 +134,14 @@ class Look:
 
     Attributes:
       exposure: [3] gain per channel (exposure and white balance).
+      saturation: factor on the distance of colours from grey.
       gamma: exponent of the display signal.
       vignette: light lost in the corners.
       exposure_jitter, noise: as in `World`.
     """
 
     exposure: np.ndarray
+    saturation: float
     gamma: float
     vignette: float
     exposure_jitter: float
@@ -151,11 +156,13 @@ class Look:
         radius = (y[:, None] ** 2 + x**2) / (0.25 * (1 + (height / width) ** 2))
         fall = 1 - np.float32(self.vignette) * radius
         value = light * gain.astype(np.float32) * fall[..., None]
+        grey = value.mean(axis=-1, keepdims=True)
+        value = np.maximum(grey + np.float32(self.saturation) * (value - grey), 0)
         # Straight up to a knee, then an ever flatter shoulder: highlights are kept.
         knee = np.float32(0.6)
         over = np.maximum(value - knee, 0)
         value = np.minimum(value, knee) + (1 - knee) * over / (over + (1 - knee))
-        value = np.maximum(value, 0) ** np.float32(1 / self.gamma)
+        value = value ** np.float32(1 / self.gamma)
         if self.noise:
             value += np.float32(self.noise) * rng.standard_normal(value.shape, np.float32)
         return np.clip(value, 0, 1).astype(np.float32, copy=False)
@@ -167,8 +174,9 @@ def _rays(cameras: Cameras) -> Rays:
     )
 
 
-def _render(stage: Stage, rays: Rays, hits: Hits) -> np.ndarray:
+def _render(stage: Stage, rays: Rays) -> np.ndarray:
     """Linear light [h * w, 3] of one view: every surface in a pixel is shaded once."""
+    hits = raycast.trace(stage.solids, stage.surround, rays, _SAMPLES)
     surface, depth = hits.surface[0].T, hits.depth[0].T
     samples, pixels = surface.shape
     alike = surface[:, None] == surface[None]
@@ -193,20 +201,26 @@ def _render(stage: Stage, rays: Rays, hits: Hits) -> np.ndarray:
 def _make_scene(world: World, index: int) -> ProceduralScene:
     rng = np.random.default_rng([world.seed, index])
     plan = stages.furnish(rng, str(rng.choice(world.kinds)))
-    solids, group = plan.builder.solids()
+    solids, group = plan.content.solids()
     stand = plan.stand
     reach = float(np.linalg.norm(stand.target - stand.eye))
     solids, group = stages.clear(solids, group, stand.eye[None], 0.12 * reach)
     k = rigs.intrinsics(rng, rng.uniform(*world.fov), world.height, world.width)
-    small = _sparse(rigs.look_at(stand.eye, stand.target)[None], k, world)
-    nearest = np.percentile(_depth(solids, plan.surround, small), 1)
-    part = np.exp(rng.uniform(*np.log(world.baseline)))
-    baseline = part * world.width / k[0] * nearest
-    kind = str(rng.choice(world.rigs))
-    poses = rigs.poses(rng, kind, stand, world.num_views, baseline, nearest)
-    solids, group = stages.clear(solids, group, poses[:, :3, 3], 0.5 * nearest)
+    kind, rig_seed = str(rng.choice(world.rigs)), rng.integers(2**62)
+    part = np.exp(rng.uniform(*np.log(world.baseline))) * world.width / k[0]
+    poses = rigs.look_at(stand.eye, stand.target)[None]
+    kept = solids, group
+    # Baselines follow the nearest depth, which a rig seen from the eye alone does not know yet.
+    for _ in range(2):
+        depth = _depth(kept[0], plan.surround, _sparse(poses, k, world))
+        nearest = 0.9 * float(np.median(np.percentile(depth, 0.5, axis=1)))
+        rig_rng = np.random.default_rng(rig_seed)
+        baseline = part * nearest
+        poses = rigs.poses(rig_rng, kind, stand, world.num_views, baseline, nearest)
+        kept = stages.clear(solids, group, poses[:, :3, 3], 0.55 * nearest)
+    solids = kept[0]
     lights, sky = stages.illuminate(rng, plan, solids)
-    stage = Stage(solids, plan.surround, plan.builder.materials(), lights, sky)
+    stage = Stage(solids, plan.surround, plan.content.materials(), lights, sky)
     rays = _sparse(poses, k, world)
     depth = _depth(solids, plan.surround, rays)
     near = 0.9 * np.percentile(depth, 0.5, axis=1)
@@ -232,16 +246,17 @@ def _depth(solids, surround, rays: Rays) -> np.ndarray:
 def _look(rng: np.random.Generator, world: World, stage: Stage, rays: Rays) -> Look:
     """Exposes for the middle view."""
     one = rays.view(len(rays) // 2)
-    hits = raycast.trace(stage.solids, stage.surround, one, _SAMPLES)
-    light = _render(stage, one, hits)
+    light = _render(stage, one)
     # Between a fixed mean and a fixed highlight, as cameras do.
     middle, bright = np.mean(light), np.percentile(light, 90)
-    aim = np.exp(rng.normal(0, 0.3)) * np.sqrt(0.19 * 0.55)
+    aim = np.exp(rng.normal(-0.05, 0.45)) * np.sqrt(0.19 * 0.55)
     gain = aim / max(float(np.sqrt(middle * bright)), 1e-4)
-    balance = 1 + rng.normal(0, 0.03, 3)
+    warm = rng.normal(0.03, 0.12)
+    balance = np.exp(np.array([warm, 0.3 * warm, -warm]) + rng.normal(0, 0.02, 3))
     return Look(
         balance * gain,
-        rng.uniform(1.9, 2.4),
+        rng.uniform(0.95, 1.6),
+        rng.uniform(1.8, 2.4),
         rng.choice([0, rng.uniform(0, 0.35)]),
         world.exposure_jitter,
         world.noise,

@@ -116,6 +116,14 @@ class Rays:
             self.width,
         )
 
+    def band(self, top: int, bottom: int) -> Rays:
+        """The same views cropped to rows top to bottom (exclusive, at most the height)."""
+        bottom = min(bottom, self.height)
+        k = self.intrinsics - np.array([0, 0, 0, top])
+        return dataclasses.replace(
+            self, corner=self.corner + top * self.down, intrinsics=k, height=bottom - top
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Hits:
@@ -240,6 +248,14 @@ def _pairs(box: np.ndarray) -> _Pairs:
     return _Pairs(of, y, begin, row, x)
 
 
+def _extent(solids: Solids, rays: Rays) -> np.ndarray:
+    """Size in pixels [p * v] of solids seen face on, wherever the image ends."""
+    offset = solids.center[:, None] - rays.origin
+    depth = np.einsum("vj,pvj->pv", rays.camera_from_world[:, 2], offset)
+    size = 2 * solids.half.max(axis=1)[:, None] * rays.intrinsics[:, 0]
+    return (size / np.maximum(depth, MIN_DEPTH)).reshape(-1)
+
+
 def _trace_solids(solids: Solids, rays: Rays, offsets: np.ndarray, key: np.ndarray) -> None:
     """Lowers `key` [v * h * w * s] wherever a solid is nearer."""
     box = rectangles(solids, rays).reshape(4, -1)
@@ -249,8 +265,7 @@ def _trace_solids(solids: Solids, rays: Rays, offsets: np.ndarray, key: np.ndarr
     box = box[:, seen]
     local = local_rays(solids, rays)[:, seen]
     view, solid = seen % len(rays), seen // len(rays)
-    extent = np.maximum(box[1] - box[0], box[3] - box[2])
-    cutout = np.stack(shapes.cutout_level(solids.bitmap[solid], extent))
+    cutout = np.stack(shapes.cutout_level(solids.bitmap[solid], _extent(solids, rays)[seen]))
     pairs = _pairs(box)
     line = local[6:9, pairs.of] * (pairs.y + 0.5).astype(np.float32) + local[9:12, pairs.of]
     first_pixel = view[pairs.of] * (rays.height * rays.width) + pairs.y * rays.width

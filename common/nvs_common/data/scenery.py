@@ -1,155 +1,16 @@
-"""Furnishes procedural scenes: rooms, desks, streets, open ground and floating clutter.
+"""Things that stand about in procedural scenes, from crates to houses.
 
-Everything is drawn from one NumPy generator. Lengths are metres, z is up. A thing is a handful
-of solids under one group number: a thing that is in a camera's way is taken out as a whole.
+Each function takes a builder, where the thing stands [3] and its size in metres, and adds solids
+to the builder. What is left open is drawn from the builder's generator.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from nvs_common.data import shapes, textures
-from nvs_common.data.raycast import Solids
-from nvs_common.data.shading import Materials
+from nvs_common.data import shapes
+from nvs_common.data.builder import Builder, along, turn, yaw
 from nvs_common.data.shapes import BOX, CUTOUT, CYLINDER, DISC, ELLIPSOID, LEAF, QUAD
-
-_FLAT = 1e-3
-
-
-def color(rng: np.random.Generator) -> np.ndarray:
-    """A surface colour [3] as a gamma-2 signal: muted as a rule, saturated now and then."""
-    value = np.clip(rng.beta(2.2, 1.7), 0.12, 0.95)
-    hue = rng.choice([rng.uniform(0.02, 0.14), rng.uniform(0, 1)], p=[0.6, 0.4])
-    chroma = rng.beta(1.2, 4.0) if rng.random() < 0.75 else rng.uniform(0.4, 0.95)
-    phase = (hue + np.array([0, 2 / 3, 1 / 3])) * 2 * np.pi
-    return value * (1 - chroma * (0.5 - 0.5 * np.cos(phase)))
-
-
-def turn(rng: np.random.Generator) -> np.ndarray:
-    """A uniformly random rotation [3, 3]."""
-    q = rng.standard_normal(4)
-    w, x, y, z = q / np.linalg.norm(q)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def yaw(angle: float) -> np.ndarray:
-    """Rotation [3, 3] about the vertical, radians."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
-
-
-def along(direction: np.ndarray) -> np.ndarray:
-    """A rotation [3, 3] whose third axis has the given direction."""
-    z = direction / np.linalg.norm(direction)
-    x = np.cross(z, [1.0, 0, 0] if abs(z[0]) < 0.9 else [0, 1.0, 0])
-    x /= np.linalg.norm(x)
-    return np.stack([x, np.cross(z, x), z], axis=-1)
-
-
-class Builder:
-    """Collects solids and materials while a scene is being furnished."""
-
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
-        self._solids: list[tuple] = []
-        self._materials: list[tuple] = []
-        self._group = 0
-
-    def begin(self) -> None:
-        """Starts a new thing: solids added from here on stand or go together."""
-        self._group += 1
-
-    def add(
-        self, kind: int, center, half, axes=None, material: int | None = None, bitmap: int = 0
-    ) -> None:
-        """Adds a solid; flat shapes need two half extents, a CUTOUT its bitmap."""
-        half = tuple(half) if len(half) == 3 else (*half, _FLAT)
-        axes = np.eye(3) if axes is None else axes
-        material = self.material() if material is None else material
-        center = np.asarray(center, float)
-        self._solids.append((kind, axes, center, half, material, bitmap, self._group))
-
-    def rod(self, start, end, radius: float, material: int) -> None:
-        """Adds a round bar between two points [3]."""
-        start, end = np.asarray(start, float), np.asarray(end, float)
-        length = np.linalg.norm(end - start)
-        half = (radius, radius, length / 2)
-        self.add(CYLINDER, (start + end) / 2, half, along(end - start), material)
-
-    def material(self, *names: str, size: float = 1.0, base=None, glow: float = 0.0) -> int:
-        """Adds a material and returns its row.
-
-        Args:
-          *names: textures to choose from; any if none is given.
-          size: typical extent in world units of what it covers.
-          base: [3] colour, drawn if None.
-          glow: light given off.
-        """
-        rng, source = self.rng, textures.atlas()
-        if not names and rng.random() < 0.3:
-            names = ("plain",)
-        main = int(rng.choice(source.find(*names) if names else len(source.names)))
-        first = color(rng) if base is None else np.asarray(base, float)
-        if source.style[main] == textures.PICTURE:
-            cast = 1 + rng.normal(0, 0.12, 3)
-            swap = np.roll(np.eye(3), rng.integers(3), axis=1)
-            mix = rng.uniform(0.7, 1.15) * (0.6 * np.eye(3) + 0.4 * swap) * cast
-            middle = np.full(3, rng.uniform(0.42, 0.6))
-        else:
-            second = color(rng)
-            contrast = rng.beta(1.2, 2.2)
-            swing = contrast * (second - first)
-            if names and base is not None:
-                swing = 0.6 * swing - 0.25 * first
-            fine = rng.uniform(0, 0.25) * first
-            broad = rng.uniform(0, 0.35) * (color(rng) - first)
-            mix = np.stack([swing, fine, broad])
-            middle = first + 0.5 * swing
-        tiles = np.array([rng.uniform(0.5, 2.0), rng.uniform(0.2, 6.0)]) / size
-        detail = int(rng.choice(source.find("fractal", "plain", "cloth", "marble")))
-        glossy = rng.random() < 0.35
-        self._materials.append(
-            (
-                (main, detail),
-                tiles,
-                rng.random(2),
-                middle,
-                mix,
-                rng.uniform(0, 0.3),
-                rng.uniform(0.1, 1.2) if glossy else 0.0,
-                np.exp(rng.uniform(np.log(8), np.log(200))),
-                rng.uniform(0.2, 1.0) if glossy else 0.0,
-                glow,
-            )
-        )
-        return len(self._materials) - 1
-
-    def solids(self) -> tuple[Solids, np.ndarray]:
-        """All solids sorted by kind, and the thing [p] that each belongs to."""
-        *columns, group = (np.array(column) for column in zip(*self._solids, strict=True))
-        order = np.argsort(columns[0], kind="stable")
-        return Solids(*(column[order] for column in columns)), group[order]
-
-    def materials(self) -> Materials:
-        """The material table."""
-        columns = zip(*self._materials, strict=True)
-        return Materials(*(np.array(column) for column in columns))
-
-
-def distances(solids: Solids, points: np.ndarray) -> np.ndarray:
-    """Distance [p, n] of points [n, 3] from each solid's bounding box; 0 inside."""
-    offset = points[None] - solids.center[:, None]
-    local = np.einsum("pji,pnj->pni", solids.axes, offset)
-    return np.linalg.norm(np.maximum(np.abs(local) - solids.half[:, None], 0), axis=-1)
-
-
-# Things. Each takes a builder, where it stands [3], and its size, and adds solids.
 
 
 def crate(b: Builder, at, size: float) -> None:
@@ -386,6 +247,19 @@ def house(b: Builder, at, size: float) -> None:
     b.add(
         BOX, base + [0, 0, 0.06 * size], (*half[:2] * 1.02, 0.06 * size), axes, b.material("plain")
     )
+    frame = b.material("plain", size=size, base=b.rng.choice([0.15, 0.9]) * np.ones(3))
+    pane = b.material("picture", "plain", size=size, base=b.rng.uniform(0.08, 0.4) * np.ones(3))
+    for _ in range(int(b.rng.integers(2, 6))):
+        # Windows and doors stand out from the wall, on a long or a short side.
+        side, across = b.rng.choice([-1, 1]), int(b.rng.integers(2))
+        spot, extent = np.zeros(3), size * np.array([0.08, 0.08, b.rng.uniform(0.08, 0.16)])
+        spot[across] = side * half[across]
+        spot[1 - across] = b.rng.uniform(-0.85, 0.85) * half[1 - across]
+        spot[2] = b.rng.choice([extent[2], b.rng.uniform(0.7, 1.6) * half[2]])
+        extent[across] = 0.012 * size
+        b.add(BOX, base + axes @ spot, extent * 1.15, axes, frame)
+        extent[across] = 0.016 * size
+        b.add(BOX, base + axes @ spot, extent, axes, pane)
     roof = b.material("brick", "stripes", "plain", size=0.5 * size)
     top = base + [0, 0, 2 * half[2]]
     pitch, depth = b.rng.uniform(0.4, 0.8), half[1]

@@ -18,10 +18,14 @@ CUTOUT_SIZE = 128
 CUTOUT_LEVELS = 5
 
 
+# A ray that runs along a plane meets it at infinity or nowhere (NaN): neither counts as a hit.
+_QUIET = np.errstate(divide="ignore", invalid="ignore")
+
+
+@_QUIET
 def box(o, d):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = [1 / c for c in d]
-        middle = [-a * b for a, b in zip(o, inverse, strict=True)]
+    inverse = [1 / c for c in d]
+    middle = [-a * b for a, b in zip(o, inverse, strict=True)]
     reach = [np.abs(c) for c in inverse]
     x, y, z = (m - r for m, r in zip(middle, reach, strict=True))
     first = np.maximum(x, y)
@@ -33,6 +37,7 @@ def box(o, d):
     return first, side, first <= last
 
 
+@_QUIET
 def ellipsoid(o, d):
     a = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     b = o[0] * d[0] + o[1] * d[1] + o[2] * d[2]
@@ -43,15 +48,15 @@ def ellipsoid(o, d):
     return (-b - np.sqrt(np.maximum(inside, 0))) / a, None, hit
 
 
+@_QUIET
 def cylinder(o, d):
     a = d[0] * d[0] + d[1] * d[1] + np.float32(1e-20)
     b = o[0] * d[0] + o[1] * d[1]
     cross = o[0] * d[1] - o[1] * d[0]
     inside = a - cross * cross
     root = np.sqrt(np.maximum(inside, 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = 1 / d[2]
-        middle = -o[2] * inverse
+    inverse = 1 / d[2]
+    middle = -o[2] * inverse
     reach = np.abs(inverse)
     wall, cap = (-b - root) / a, middle - reach
     first = np.maximum(wall, cap)
@@ -59,10 +64,10 @@ def cylinder(o, d):
     return first, (cap > wall).astype(np.int8) * np.int8(2), (inside > 0) & (first <= last)
 
 
+@_QUIET
 def _flat(o, d):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        depth = -o[2] / d[2]
-        return depth, o[0] + depth * d[0], o[1] + depth * d[1]
+    depth = -o[2] / d[2]
+    return depth, o[0] + depth * d[0], o[1] + depth * d[1]
 
 
 def quad(o, d):

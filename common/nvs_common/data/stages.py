@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from nvs_common.data import lighting, rigs, scenery, textures
+from nvs_common.data import builder, lighting, rigs, scenery, textures
 from nvs_common.data.lighting import Lamp, Lights
 from nvs_common.data.raycast import Solids, Surround
 from nvs_common.data.shading import Sky
@@ -25,27 +25,29 @@ class Plan:
     """A furnished scene before cameras and light are set.
 
     Attributes:
-      builder: solids and materials so far.
+      content: solids and materials so far.
       surround: what is behind them.
       stand: where the photographer stands.
+      extent: radius about the stand's target in which shadows are sharp.
     """
 
-    builder: scenery.Builder
+    content: builder.Builder
     surround: Surround
     stand: rigs.Stand
+    extent: float
 
 
 def furnish(rng: np.random.Generator, kind: str) -> Plan:
     """Draws the contents of a scene of one of KINDS."""
     make = {ROOM: _room, DESK: _desk, STREET: _street, FIELD: _field, CLUTTER: _clutter}
-    return make[kind](scenery.Builder(rng), rng)
+    return make[kind](builder.Builder(rng), rng)
 
 
 def clear(
     solids: Solids, group: np.ndarray, centres: np.ndarray, margin: float
 ) -> tuple[Solids, np.ndarray]:
     """Takes out every thing that comes within margin of a camera centre [n, 3]."""
-    close = (scenery.distances(solids, centres) < margin).any(axis=1)
+    close = (builder.distances(solids, centres) < margin).any(axis=1)
     keep = ~np.isin(group, group[close])
     return solids.take(keep), group[keep]
 
@@ -66,7 +68,7 @@ def _daylight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
     dull = rng.beta(0.5, 0.9)
     power = rng.uniform(1.5, 3.5) * (1 - dull)
     target = np.append(plan.stand.target[:2], 0)
-    radius = 0.5 * float(np.linalg.norm(target - plan.stand.eye)) + 9
+    radius = plan.extent
     sun = target + way / np.linalg.norm(way) * 300
     tint = 1 + (_WARM - 1) * rng.uniform(0.1, 0.8)
     blue = np.array([0.75, 0.88, 1.0])
@@ -83,7 +85,8 @@ def _lamplight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
     low, high = plan.surround.low, plan.surround.high
     size = high - low
     tint = 1 + (_WARM - 1) * rng.uniform(0, 0.6)
-    above, below = rng.uniform(0.25, 0.6) * tint, rng.uniform(0.12, 0.35) * tint
+    above = np.exp(rng.uniform(np.log(0.1), np.log(0.7))) * tint
+    below = above * rng.uniform(0.3, 0.7)
     centre = (low + high) / 2
     lamps = []
     for _ in range(int(rng.integers(1, 3))):
@@ -97,17 +100,20 @@ def _lamplight(rng, plan: Plan) -> tuple[list[Lamp], Sky]:
             lamps.append(Lamp(eye, centre, 2.0, color, reach + size[0], soft, 160))
         else:
             eye = low + size * [*rng.uniform(0.15, 0.85, 2), 0.96]
-            floor = np.append(eye[:2] + rng.normal(0, 0.5, 2), low[2])
-            lamps.append(Lamp(eye, floor, 2.2, color, reach, int(rng.integers(1, 5))))
-    top = centre + [0.01, 0.02, 0.49 * size[2]]
-    lamps.append(Lamp(top, centre, 2.5, 0.6 * above, soft=3, size=112, wrap=1.0))
+            eye[:2] += (plan.stand.target[:2] - eye[:2]) * rng.uniform(0, 0.6)
+            floor = np.append(plan.stand.target[:2] + rng.normal(0, 0.3, 2), low[2])
+            spread = min(2.2, 1.4 * plan.extent / (eye[2] - plan.stand.target[2] + 0.01))
+            lamps.append(Lamp(eye, floor, spread, color, reach, int(rng.integers(1, 4))))
+    top = np.append(plan.stand.target[:2] + 0.01, low[2] + 0.99 * size[2])
+    spread = min(2.5, 1.4 * plan.extent / (top[2] - plan.stand.target[2]))
+    lamps.append(Lamp(top, plan.stand.target, spread, 0.6 * above, soft=3, size=112, wrap=1.0))
     sky = _sky(rng, np.stack([below, 0.4 * above]), above, 0.0)
     return lamps, dataclasses.replace(sky, haze=np.inf)
 
 
 def _sky(rng, ambient: np.ndarray, above: np.ndarray, dull: float) -> Sky:
-    bright = rng.uniform(1.0, 1.8) * above.mean()
-    blue = np.array([0.16, 0.36, 0.8]) * rng.uniform(0.8, 1.25, 3)
+    bright = rng.uniform(1.3, 2.4) * above.mean()
+    blue = np.array([0.11, 0.3, 0.8]) * rng.uniform(0.8, 1.25, 3)
     zenith = bright * (blue + dull * (0.9 - blue))
     horizon = bright * np.array([0.8, 0.92, 1.0]) ** (1 - dull) * rng.uniform(0.95, 1.05, 3)
     hill = np.array([0.06, 0.08, 0.04]) * rng.uniform(0.5, 2.5, 3)
@@ -137,15 +143,37 @@ _OUTDOOR = (
 )  # fmt: skip
 
 
-def _place(b: scenery.Builder, things, at, size: float) -> None:
+def _place(b: builder.Builder, things, at, size: float) -> None:
     b.begin()
     things[b.rng.integers(len(things))](b, at, size)
 
 
-def _walls(b: scenery.Builder, rng, low, high) -> Surround:
-    wall = b.material("plain", "fractal", "brick", "stripes", "marble", size=rng.uniform(0.8, 3))
-    other = b.material("plain", "fractal", "wood", "cells", size=rng.uniform(0.8, 3))
-    floor = b.material("wood", "cells", "checks", "cloth", "marble", size=rng.uniform(0.6, 2.5))
+def _large(rng) -> np.ndarray:
+    """Colour of a wall or floor: muted as a rule."""
+    return builder.muted(rng) if rng.random() < 0.85 else builder.color(rng)
+
+
+def _occlude(b: builder.Builder, rng, things, stand: rigs.Stand, floor: float) -> None:
+    """Stands a few things into the foreground, beside the line of sight."""
+    for _ in range(int(rng.integers(0, 4))):
+        way = stand.target - stand.eye
+        aside = np.array([way[1], -way[0], 0]) * rng.uniform(0.15, 0.5) * rng.choice([-1, 1])
+        part = rng.uniform(0.3, 0.7)
+        spot = stand.eye + part * (way + aside)
+        size = rng.uniform(0.2, 0.5) * np.linalg.norm(way) * part
+        _place(b, things, np.array([spot[0], spot[1], floor]), size)
+
+
+def _walls(b: builder.Builder, rng, low, high) -> Surround:
+    wall = b.material(
+        "plain", "fractal", "brick", "stripes", "marble", size=rng.uniform(0.8, 3), base=_large(rng)
+    )
+    other = b.material(
+        "plain", "fractal", "wood", "cells", size=rng.uniform(0.8, 3), base=_large(rng)
+    )
+    floor = b.material(
+        "wood", "cells", "checks", "cloth", "marble", size=rng.uniform(0.6, 2.5), base=_large(rng)
+    )
     white = rng.uniform(0.6, 0.9) * np.ones(3)
     ceiling = b.material("plain", size=2.0, base=white)
     sides = [wall, wall if rng.random() < 0.7 else other, wall, other, floor, ceiling]
@@ -156,7 +184,7 @@ def _walls(b: scenery.Builder, rng, low, high) -> Surround:
     return Surround("room", low, high, np.array(sides))
 
 
-def _hang(b: scenery.Builder, rng, low, high, axis: int, wall: float) -> None:
+def _hang(b: builder.Builder, rng, low, high, axis: int, wall: float) -> None:
     """A picture, window, door or cupboard on a wall."""
     b.begin()
     other = 1 - axis
@@ -180,7 +208,7 @@ def _hang(b: scenery.Builder, rng, low, high, axis: int, wall: float) -> None:
     b.add(BOX, middle, extent, None, look)
 
 
-def _room(b: scenery.Builder, rng) -> Plan:
+def _room(b: builder.Builder, rng) -> Plan:
     half = rng.uniform([1.8, 2.2], [3.5, 4.5])
     low, high = np.array([*-half, 0]), np.array([*half, rng.uniform(2.3, 3.2)])
     surround = _walls(b, rng, low, high)
@@ -190,18 +218,20 @@ def _room(b: scenery.Builder, rng) -> Plan:
     if rng.random() < 0.6:
         b.begin()
         rug = b.material("cloth", "stripes", "leaves", "checks", size=1.5)
-        b.add(QUAD, [0, 0, 0.004], rng.uniform(0.6, 1.6, 2), scenery.yaw(rng.uniform(0, 3)), rug)
+        b.add(QUAD, [0, 0, 0.004], rng.uniform(0.6, 1.6, 2), builder.yaw(rng.uniform(0, 3)), rug)
     eye = np.array([*rng.uniform(-0.5, 0.5) * half[:1], -half[1] * 0.6, rng.uniform(1.0, 1.8)])
     target = np.array([rng.normal(0, 0.3) * half[0], half[1] * 0.4, rng.uniform(0.5, 1.3)])
-    return Plan(b, surround, rigs.Stand(eye, target, low + 0.25, high - 0.25))
+    stand = rigs.Stand(eye, target, low + 0.25, high - 0.25)
+    _occlude(b, rng, _INDOOR, stand, 0.0)
+    return Plan(b, surround, stand, 5.0)
 
 
-def _desk(b: scenery.Builder, rng) -> Plan:
+def _desk(b: builder.Builder, rng) -> Plan:
     low = np.array([*-rng.uniform(1.2, 3, 2), -0.75])
     high = np.array([rng.uniform(1.2, 3), rng.uniform(0.8, 2.5), rng.uniform(1.4, 2.2)])
     surround = _walls(b, rng, low, high)
     b.begin()
-    top = b.material("wood", "plain", "cloth", "marble", size=rng.uniform(0.5, 2))
+    top = b.material("wood", "plain", "cloth", "marble", size=rng.uniform(0.5, 2), base=_large(rng))
     b.add(BOX, [0, 0.15, -0.03], (0.95, 0.6, 0.03), None, top)
     if rng.random() < 0.6:
         # What stands at the back of a desk: a screen, a partition, a shelf.
@@ -211,7 +241,7 @@ def _desk(b: scenery.Builder, rng) -> Plan:
             [rng.normal(0, 0.3), 0.74, 0.3],
             (rng.uniform(0.3, 0.9), 0.02, rng.uniform(0.2, 0.5)),
         )
-    for _ in range(int(rng.integers(10, 24))):
+    for _ in range(int(rng.integers(14, 30))):
         spot = np.array([rng.uniform(-0.85, 0.85), rng.uniform(-0.4, 0.7), 0])
         _place(b, _DESKTOP, spot, rng.uniform(0.08, 0.4))
     for _ in range(int(rng.integers(0, 5))):
@@ -219,17 +249,21 @@ def _desk(b: scenery.Builder, rng) -> Plan:
         _place(b, _INDOOR, spot, rng.uniform(0.5, 1.2))
     eye = np.array([rng.uniform(-0.5, 0.5), -rng.uniform(0.55, 1.0), rng.uniform(0.15, 0.8)])
     target = np.array([rng.normal(0, 0.2), rng.uniform(0, 0.5), rng.uniform(0, 0.15)])
-    return Plan(b, surround, rigs.Stand(eye, target, low + 0.1, high - 0.1))
+    stand = rigs.Stand(eye, target, low + 0.1, high - 0.1)
+    _occlude(b, rng, _DESKTOP, stand, 0.0)
+    return Plan(b, surround, stand, 1.2)
 
 
-def _outside(b: scenery.Builder, rng) -> Surround:
+def _outside(b: builder.Builder, rng) -> Surround:
     radius = np.exp(rng.uniform(np.log(35), np.log(120)))
-    ground = b.material("cells", "brick", "fractal", "foliage", "leaves", size=rng.uniform(1, 5))
+    tone = scenery.green(b) if rng.random() < 0.3 else builder.muted(rng)
+    looks = ("cells", "brick", "fractal", "foliage", "plain")
+    ground = b.material(*looks, size=np.exp(rng.uniform(np.log(0.6), np.log(5))), base=tone)
     sides = np.array([ground, ground, 0, 0, 0, 0])
     return Surround("open", np.full(3, -radius), np.full(3, radius), sides)
 
 
-def _street(b: scenery.Builder, rng) -> Plan:
+def _street(b: builder.Builder, rng) -> Plan:
     surround = _outside(b, rng)
     wide = rng.uniform(3, 7)
     for side in (-1, 1):
@@ -239,16 +273,18 @@ def _street(b: scenery.Builder, rng) -> Plan:
             b.begin()
             scenery.house(b, [side * (wide + size * 0.95), y, 0], size)
             y += size * rng.uniform(1.7, 2.6)
-    for _ in range(int(rng.integers(8, 20))):
+    for _ in range(int(rng.integers(12, 28))):
         side = rng.choice([-1, 1])
         spot = np.array([side * wide * rng.uniform(0.3, 1.0), rng.uniform(1, 28), 0])
         _place(b, _OUTDOOR, spot, rng.uniform(0.6, 2.5))
     eye = np.array([rng.uniform(-0.4, 0.4) * wide, rng.uniform(-4, 0), rng.uniform(1.3, 2.2)])
     target = np.array([rng.normal(0, 0.5) * wide, rng.uniform(8, 15), rng.uniform(0.8, 2.2)])
-    return Plan(b, surround, rigs.Stand(eye, target, np.array([-50, -50, 0.5]), np.full(3, 50.0)))
+    stand = rigs.Stand(eye, target, np.array([-50, -50, 0.5]), np.full(3, 50.0))
+    _occlude(b, rng, _OUTDOOR, stand, 0.0)
+    return Plan(b, surround, stand, 16.0)
 
 
-def _field(b: scenery.Builder, rng) -> Plan:
+def _field(b: builder.Builder, rng) -> Plan:
     surround = _outside(b, rng)
     for _ in range(int(rng.integers(12, 28))):
         ahead = np.exp(rng.uniform(np.log(1.2), np.log(18)))
@@ -260,10 +296,12 @@ def _field(b: scenery.Builder, rng) -> Plan:
         scenery.house(b, spot, rng.uniform(3, 5))
     eye = np.array([0, -rng.uniform(0.5, 2), rng.uniform(0.6, 2.0)])
     target = np.array([rng.normal(0, 0.5), rng.uniform(2, 6), rng.uniform(0.2, 1.2)])
-    return Plan(b, surround, rigs.Stand(eye, target, np.array([-50, -50, 0.2]), np.full(3, 50.0)))
+    stand = rigs.Stand(eye, target, np.array([-50, -50, 0.2]), np.full(3, 50.0))
+    _occlude(b, rng, _OUTDOOR, stand, 0.0)
+    return Plan(b, surround, stand, 11.0)
 
 
-def _clutter(b: scenery.Builder, rng) -> Plan:
+def _clutter(b: builder.Builder, rng) -> Plan:
     half = rng.uniform([2, 3, 1.5], [5, 7, 3])
     low, high = -half, half
     surround = _walls(b, rng, low, high)
@@ -274,4 +312,4 @@ def _clutter(b: scenery.Builder, rng) -> Plan:
         spot = np.array([spot[0], eye[1] + ahead, eye[2] + rng.uniform(-0.6, 0.6) * ahead])
         _place(b, (scenery.shard, scenery.shard, *_INDOOR), spot, ahead * rng.uniform(0.1, 0.4))
     target = eye + [rng.normal(0, 0.2), half[1], rng.normal(0, 0.2)]
-    return Plan(b, surround, rigs.Stand(eye, target, low + 0.2, high - 0.2))
+    return Plan(b, surround, rigs.Stand(eye, target, low + 0.2, high - 0.2), 5.0)
