@@ -77,7 +77,7 @@ def main(_) -> int:
     # disable=None: no bar where stderr is not a terminal.
     bar = tqdm.tqdm(renders, total=len(inputs), desc="rendering", unit="frame", disable=None)
     count = video.write(out, _frames(bar), _FPS.value)
-    print(f"{out}: {count} frames of {targets.height} x {targets.width} (height x width)")
+    print(f"{out}: {count} frames at {_FPS.value:g} frames/s")
     return 0
 
 

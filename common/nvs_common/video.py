@@ -64,6 +64,8 @@ def write(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float
 
 
 def _write_mp4(path: pathlib.Path, frames: Iterable[np.ndarray], fps: float) -> int:
+    # imageio would start ffmpeg through os.fork, which may hang beside JAX's threads.
+    os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
     writer, count = None, 0
     try:
         for frame in frames:
@@ -83,7 +85,7 @@ def _write_mp4(path: pathlib.Path, frames: Iterable[np.ndarray], fps: float) -> 
 def _write_gif(path: pathlib.Path, frames: Iterable[np.ndarray], fps: float) -> int:
     images = [Image.fromarray(frame) for frame in frames]
     if images:
-        # Pillow merges equal frames; comments apart they would keep the same duration.
+        # Pillow merges equal frames into one that is shown as long as they together.
         images[0].save(
             path,
             save_all=True,
