@@ -97,24 +97,63 @@ def test_colmap_text_with_bad_values(tmp_path, rig, file, old, new, reason):
     refused(tmp_path, file if file != "images.txt" or "leaves" not in reason else "102", reason)
 
 
-def test_random_damage_to_colmap_binaries_gives_a_scene_or_a_named_error(tmp_path, rig):
+# ---- Anything.
+
+INSERTS = [
+    b"null",
+    b"-1",
+    b"0",
+    b"1e308",
+    b"[]",
+    b'""',
+    b"true",
+    b"9" * 30,
+    b"nan",
+    b"\n",
+    b"\0",
+    b"..",
+]
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Up to three random changes: another byte, a gap, an insertion, an early end."""
+    result = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        place, length = rng.integers(len(result) + 1), rng.integers(1, 30)
+        kind = rng.integers(5)
+        if kind == 0:
+            result[place : place + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del result[place : place + length]
+        elif kind == 2:
+            result[place:place] = INSERTS[rng.integers(len(INSERTS))]
+        elif kind == 3:
+            result[place : place + length // 3] = INSERTS[rng.integers(len(INSERTS))]
+        else:
+            del result[place:]
+    return bytes(result)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("layout", writers.WRITERS)
+def test_random_damage_gives_a_good_scene_or_a_named_error(tmp_path, rig, layout):
     rng = np.random.default_rng(0)
-    writers.write_colmap_bin(rig, tmp_path)
+    path = writers.WRITERS[layout](rig, tmp_path)
+    files = sorted(f for f in tmp_path.rglob("*") if f.is_file() and f.name not in rig.names[1:])
     outcomes = set()
-    for _ in range(150):
-        file = tmp_path / "sparse" / "0" / f"{rng.choice(['cameras', 'images', 'points3D'])}.bin"
+    for _ in range(60):
+        file = files[rng.integers(len(files))]
         good = file.read_bytes()
-        data = bytearray(good)
-        for position in rng.integers(0, len(data), 3):
-            data[position] = rng.integers(256)
-        file.write_bytes(bytes(data))
+        file.write_bytes(damaged(good, rng))
         try:
-            scene = scenes.load_scene(tmp_path)
+            scene = scenes.load_scene(path)
+            assert np.isfinite(scene.images([0])).all()
             assert np.isfinite(scene.cameras.world_from_cam).all()
-            assert np.all(scene.cameras.near < scene.cameras.far)
+            assert np.isfinite(scene.cameras.intrinsics).all()
+            assert np.all((0 < scene.cameras.near) & (scene.cameras.near < scene.cameras.far))
             outcomes.add("loaded")
         except InputError as error:
-            assert str(tmp_path) in str(error)
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
             outcomes.add("refused")
         file.write_bytes(good)
     assert outcomes == {"loaded", "refused"}

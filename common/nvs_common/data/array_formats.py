@@ -77,7 +77,9 @@ def read_neus(path: pathlib.Path, options: Options) -> Loaded:
     for i, file in enumerate(files):
         where = f"{path}: frame {file.name!r}"
         world, scale = (_square(arrays, f"{key}_{i}", where) for key in ("world_mat", "scale_mat"))
-        intrinsics, pose = decompose_projection((world @ scale)[:3], where)
+        with np.errstate(invalid="ignore", over="ignore"):  # refused in the next line
+            projection = (world @ scale)[:3]
+        intrinsics, pose = decompose_projection(projection, where)
         distance = float(np.linalg.norm(pose[:3, 3]))
         posed.append(
             Posed(

@@ -134,7 +134,8 @@ def make_camera(model: str, params: list[float], height: int, width: int) -> Cam
 
 def make_pose(quaternion: np.ndarray, translation: np.ndarray) -> np.ndarray:
     """cam_from_world [4, 4] from w, x, y, z [4] and a translation [3]; raises InputError."""
-    length = np.linalg.norm(quaternion)
+    with np.errstate(over="ignore"):  # refused just below
+        length = np.linalg.norm(quaternion)
     if not np.isfinite(length) or not np.all(np.isfinite(translation)):
         raise InputError("the pose holds NaN or infinity.")
     if abs(length - 1) > 1e-2:

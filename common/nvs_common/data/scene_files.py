@@ -11,7 +11,10 @@ import json
 import math
 import os
 import pathlib
+import struct
+import tokenize
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ MAX_TEXT_BYTES = 512 * 2**20
 MAX_ARRAY_BYTES = 512 * 2**20
 MAX_BINARY_BYTES = 16 * 2**30
 MAX_FRAMES = 1_000_000
+# What a damaged archive makes Python's reader raise, besides the built-in kinds.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def read_bytes(path: pathlib.Path, limit: int) -> bytes:
@@ -94,7 +99,7 @@ def parse_array(data: bytes, where: str) -> np.ndarray:
             header = np.lib.format.read_array_header_1_0(stream)
         else:
             header = np.lib.format.read_array_header_2_0(stream)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError) as error:
         raise InputError(f"{where}: not a NumPy array ({error}).") from error
     shape, fortran, dtype = header
     if dtype.hasobject or dtype.kind not in "fiub":
@@ -126,7 +131,9 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
                 name.removesuffix(".npy"): parse_array(archive.read(name), f"{path}: {name}")
                 for name in archive.namelist()
             }
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except InputError:
+        raise
+    except (*_ZIP_ERRORS, ValueError, RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a readable .npz archive ({error}).") from error
 
 

@@ -187,7 +187,8 @@ def invert(pose: np.ndarray) -> np.ndarray:
     """Inverse [4, 4] of a rigid transform [4, 4] or [3, 4] as it was read (checked later)."""
     result = np.eye(4)
     result[:3, :3] = pose[:3, :3].T
-    result[:3, 3] = -pose[:3, :3].T @ pose[:3, 3]
+    with np.errstate(invalid="ignore", over="ignore"):
+        result[:3, 3] = -pose[:3, :3].T @ pose[:3, 3]
     if pose.shape == (4, 4):
         result[3] = pose[3]
     return result
