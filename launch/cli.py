@@ -60,11 +60,12 @@ def define_config(*, required: bool = True) -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(main: Callable[[Sequence[str]], int | None], *, arguments: int = 0) -> None:
     """Parses the flags, runs `main(argv)` and ends the process with its exit code.
 
     Args:
       main: the program; returns an exit code (None is 0) and may raise InputError.
+      arguments: how many arguments that are not flags the program takes.
     """
 
     def program(argv):
@@ -73,7 +74,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
     app.run(
         lambda argv: _one_line_errors(lambda: program(argv)),
-        flags_parser=lambda argv: _one_line_errors(lambda: _parse(argv)),
+        flags_parser=lambda argv: _one_line_errors(lambda: _parse(argv, arguments)),
     )
 
 
@@ -96,8 +97,8 @@ def _one_line_errors(action: Callable[[], Any]) -> Any:
         raise SystemExit(BAD_INPUT) from None
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags; returns the arguments that are not flags, which must be none."""
+def _parse(argv: Sequence[str], arguments: int) -> list[str]:
+    """Parses flags; returns the program and at most `arguments` arguments that are not flags."""
     _check_config(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -106,8 +107,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise SystemExit(0) from None
     except flags.Error as e:
         raise errors.InputError(f"{str(e).rstrip('.')}; see --help.") from e
-    if len(rest) > 1:
-        raise errors.InputError(f"unexpected argument {rest[1]!r}: options start with --.")
+    if len(rest) > 1 + arguments:
+        extra = rest[1 + arguments]
+        raise errors.InputError(f"unexpected argument {extra!r}: options start with --.")
     return rest
 
 
