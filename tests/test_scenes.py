@@ -161,6 +161,9 @@ def test_find_scenes_lists_scene_folders_and_clips_by_name(tmp_path):
     found = scenes.find_scenes(tmp_path)
     assert [p.name for p in found] == ["clip.txt", "colmap_bin", "llff", "transforms"]
     assert all(len(scenes.load_scene(p)) == 4 for p in found)
+    # A scene, or its camera file, is a list of one.
+    for one in (tmp_path / "llff", tmp_path / "llff" / "poses_bounds.npy"):
+        assert scenes.find_scenes(one) == [one]
     assert scenes.find_scenes(tmp_path / "realestate") == [tmp_path / "realestate" / "clip.txt"]
 
 

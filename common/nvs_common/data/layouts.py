@@ -45,16 +45,20 @@ def recognise(path: pathlib.Path) -> Reader:
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Paths of the scenes directly inside a folder, sorted by name.
+    """Paths of the scenes directly inside a folder, sorted by name; or the path of one scene.
 
     Sub-folders with a known layout; and RealEstate10K text files with a folder of frames of the
     same name.
 
     Raises:
-      InputError: the folder is not there, cannot be listed or holds no scene.
+      InputError: the path is not there, cannot be listed or holds no scene.
     """
+    if folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; check the path.")
+    if _folder(folder) is not None:
+        return [folder]
     found = []
     for entry in scene_files.entries(folder):
         try:

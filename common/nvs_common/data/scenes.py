@@ -167,8 +167,10 @@ def _neighbours(poses: np.ndarray, pairs: int) -> list[tuple[int, int]]:
 def find_scenes(path: str | os.PathLike) -> list[pathlib.Path]:
     """Paths for `load_scene` of all scenes directly inside a folder, sorted by name.
 
+    The path of one scene, or of a camera file, gives itself.
+
     Raises:
-      InputError: the folder is not there or holds no scene.
+      InputError: the path is not there or holds no scene.
     """
     return layouts.find(pathlib.Path(path))
 
