@@ -57,13 +57,25 @@ def assert_trees_close(a, b, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b)
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """States and metrics of four steps on one device, with EMA."""
+    return run(toy.config(ema=0.9), some(4), ONE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last state of six steps without a break, and its workdir."""
+    workdir = tmp_path_factory.mktemp("whole")
+    state = train.fit(toy.task(), toy.batches(), toy.config(ema=0.9), workdir, devices=ONE)
+    return jax.device_get(state), workdir
+
+
 @pytest.mark.parametrize("mesh", [{"mesh.data": 8}, CUBE], ids=["data8", "data2fsdp2tensor2"])
-def test_eight_devices_make_the_same_steps_as_one(mesh):
-    changes = {"ema": 0.9, "accumulate": 1}
-    one, _ = run(toy.config(**changes), some(4), ONE)
-    many, _ = run(toy.config(**changes, **mesh), some(4))
-    assert_trees_close(one[0].params, many[0].params, 1e-7)
-    assert_trees_close(one[-1], many[-1])
+def test_eight_devices_make_the_same_steps_as_one(mesh, one_device):
+    many, _ = run(toy.config(ema=0.9, **mesh), some(4))
+    assert_trees_close(one_device[0][0].params, many[0].params, 1e-7)
+    assert_trees_close(one_device[0][-1], many[-1])
 
 
 def test_parameters_and_moments_lie_where_their_axes_say():
@@ -82,18 +94,16 @@ def test_parameters_and_moments_lie_where_their_axes_say():
     assert state.ema_params["hidden"]["kernel"].sharding == kernel
 
 
-@pytest.mark.parametrize("mesh", [{}, CUBE], ids=["one", "data2fsdp2tensor2"])
-def test_accumulation_makes_the_steps_of_the_whole_batch(mesh):
-    devices = None if mesh else ONE
-    whole, _ = run(toy.config(**mesh), some(3), devices)
-    parts, metrics = run(toy.config(**mesh, accumulate=2), some(3), devices)
-    assert_trees_close(whole[-1].params, parts[-1].params)
+def test_accumulation_makes_the_steps_of_the_whole_batch(one_device):
+    parts, metrics = run(toy.config(**CUBE, ema=0.9, accumulate=2), some(4))
+    assert_trees_close(one_device[0][-1], parts[-1])
     # Both microbatches were counted by the collection.
-    assert parts[-1].collections["counts"]["scenes"] == 3 * 8
-    assert_trees_close(metrics[0]["loss"], run(toy.config(), some(1), ONE)[1][0]["loss"])
+    assert parts[-1].collections["counts"]["scenes"] == 4 * 8
+    for name in ("loss", "grad_norm"):
+        assert_trees_close(one_device[1][-1][name], metrics[-1][name])
 
 
-def test_a_step_with_nan_changes_nothing_but_counters():
+def test_a_step_with_nan_changes_nothing_but_counters(one_device):
     good = some(2)
     bad = dataclasses.replace(good[0], target=toy.views(np.full((8, 1, 4, 4, 3), np.nan, "f4")))
     states, metrics = run(toy.config(ema=0.9), [good[0], bad, bad, good[1]], ONE)
@@ -106,8 +116,7 @@ def test_a_step_with_nan_changes_nothing_but_counters():
     assert [int(m["skipped"]) for m in metrics] == [0, 1, 1, 0]
     assert [int(m["bad_data"]) for m in metrics] == [0, 1, 1, 0]
     # The step after it is applied, and is the one that would have been made without them.
-    without, _ = run(toy.config(ema=0.9), good, ONE)
-    assert_trees_equal(without[-1].params, states[-1].params)
+    assert_trees_equal(one_device[0][2].params, states[-1].params)
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
@@ -124,17 +133,17 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
     assert_trees_equal(states[0].params, states[1].params)
 
 
-def test_ema_parameters_follow_the_parameters():
-    states, _ = run(toy.config(ema=0.5), some(3), ONE)
+def test_ema_parameters_follow_the_parameters(one_device):
+    states, _ = one_device
     average = states[0].params
     for n, state in enumerate(states[1:]):
-        keep = min(0.5, (1 + n) / (10 + n))
+        keep = min(0.9, (1 + n) / (10 + n))
         average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, state.params)  # noqa: B023
     assert_trees_close(average, states[-1].ema_params, 1e-6)
     assert training_step.variables(states[-1])["params"] is states[-1].ema_params
 
 
-def test_the_key_of_a_step_depends_on_seed_and_step_alone():
+def test_the_key_of_a_step_depends_on_the_step_and_not_on_the_mesh():
     base = toy.task()
 
     def loss(variables, batch, key):
@@ -144,9 +153,8 @@ def test_the_key_of_a_step_depends_on_seed_and_step_alone():
     task = base._replace(loss=loss)
     _, first = run(toy.config(), some(3), ONE, task)
     _, again = run(toy.config(**CUBE), some(3), None, task)
-    _, other = run(toy.config(seed=1), some(3), ONE, task)
-    draws = [[float(m["draw"]) for m in ms] for ms in (first, again, other)]
-    assert draws[0] == draws[1] and len(set(draws[0] + draws[2])) == 6
+    draws = [[float(m["draw"]) for m in ms] for ms in (first, again)]
+    assert draws[0] == draws[1] and len(set(draws[0])) == 3
 
 
 def test_a_batch_that_does_not_divide_is_explained():
@@ -155,24 +163,21 @@ def test_a_batch_that_does_not_divide_is_explained():
         training_step.check_batch(toy.config(accumulate=3), mesh)
 
 
-def test_resume_is_bit_equal(tmp_path):
-    config = toy.config(num_steps=7, ema=0.9, checkpoint_every=3)
-    whole = train.fit(toy.task(), toy.batches(), config, tmp_path / "a", devices=ONE)
-    short = toy.config(num_steps=3, ema=0.9, checkpoint_every=3)
-    train.fit(toy.task(), toy.batches(), short, tmp_path / "b", devices=ONE)
+def test_resume_is_bit_equal(tmp_path, whole):
+    config = {"ema": 0.9, "checkpoint_every": 3}
+    train.fit(toy.task(), toy.batches(), toy.config(num_steps=3, **config), tmp_path, devices=ONE)
     # A new iterator, as in a new process; the feed had run ahead of step 3 in the first session.
-    resumed = train.fit(toy.task(), toy.batches(), config, tmp_path / "b", devices=ONE)
-    assert_trees_equal(jax.device_get(whole), jax.device_get(resumed))
-    losses = [lines(tmp_path / name, "train")[-1]["loss"] for name in "ab"]
-    assert losses[0] == losses[1]
+    resumed = train.fit(toy.task(), toy.batches(), toy.config(**config), tmp_path, devices=ONE)
+    assert_trees_equal(whole[0], jax.device_get(resumed))
+    # The last window is steps 5 and 6 in both.
+    assert lines(whole[1], "train")[-1]["loss"] == lines(tmp_path, "train")[-1]["loss"]
 
 
-def test_a_checkpoint_of_one_device_goes_on_on_eight(tmp_path):
-    long = {"num_steps": 5}
-    whole = train.fit(toy.task(), toy.batches(), toy.config(**long), tmp_path / "a", devices=ONE)
-    train.fit(toy.task(), toy.batches(), toy.config(num_steps=3), tmp_path / "b", devices=ONE)
-    state = train.fit(toy.task(), toy.batches(), toy.config(**long, **CUBE), tmp_path / "b")
-    assert_trees_close(jax.device_get(whole), jax.device_get(state))
+def test_a_checkpoint_of_one_device_goes_on_on_eight(tmp_path, whole):
+    short = toy.config(num_steps=3, ema=0.9)
+    train.fit(toy.task(), toy.batches(), short, tmp_path, devices=ONE)
+    state = train.fit(toy.task(), toy.batches(), toy.config(ema=0.9, **CUBE), tmp_path)
+    assert_trees_close(whole[0], jax.device_get(state))
     assert state.params["hidden"]["kernel"].sharding.spec == jax.P("fsdp", "tensor")
 
 
@@ -260,11 +265,30 @@ class Slow:
 
 
 def test_waiting_for_slow_data_is_measured(tmp_path):
-    config = toy.config(num_steps=8, log_every=4, checkpoint_every=0)
-    train.fit(toy.task(), Slow(0.1), config, tmp_path, devices=ONE)
+    config = toy.config(num_steps=10, log_every=5, checkpoint_every=0)
+    train.fit(toy.task(), Slow(0.2), config, tmp_path, devices=ONE)
     line = lines(tmp_path, "train")[-1]
-    assert line["data_wait_fraction"] > 0.7
-    assert line["steps_per_second"] == pytest.approx(10, rel=0.3)
+    # Nearly 1 on an idle machine; no faster than the data in any case.
+    assert line["data_wait_fraction"] > 0.4
+    assert line["steps_per_second"] < 1.5 / 0.2
+
+
+def test_data_that_is_made_while_the_step_runs_is_not_waited_for(tmp_path):
+    base = toy.task()
+
+    def slowly(images):
+        time.sleep(0.3)
+        return np.float32(0)
+
+    def loss(variables, batch, key):
+        value, aux = base.loss(variables, batch, key)
+        zero = jax.pure_callback(slowly, jax.ShapeDtypeStruct((), jnp.float32), batch.target.images)
+        return value + zero, aux
+
+    config = toy.config(num_steps=7, log_every=7, checkpoint_every=0)
+    train.fit(base._replace(loss=loss), Slow(0.15), config, tmp_path, devices=ONE)
+    # One after the other it would be a third.
+    assert lines(tmp_path, "train")[-1]["data_wait_fraction"] < 0.2
 
 
 def test_the_time_limit_saves_and_ends(tmp_path):
@@ -274,19 +298,18 @@ def test_the_time_limit_saves_and_ends(tmp_path):
     assert (tmp_path / "checkpoints" / str(int(state.step))).is_dir()
 
 
-def test_sigterm_saves_and_the_next_session_goes_on(tmp_path):
+def test_sigterm_saves_and_the_next_session_goes_on(tmp_path, whole):
     def ask(variables, step):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate.Evaluation({}, {})
 
     before = signal.getsignal(signal.SIGTERM)
-    config = toy.config(num_steps=6, eval_every=3, checkpoint_every=0)
+    config = toy.config(ema=0.9, eval_every=3, checkpoint_every=0)
     with pytest.raises(train.Preempted, match="saved step 4"):
-        train.fit(toy.task(), toy.batches(), config, tmp_path / "a", evaluate=ask, devices=ONE)
+        train.fit(toy.task(), toy.batches(), config, tmp_path, evaluate=ask, devices=ONE)
     assert signal.getsignal(signal.SIGTERM) is before
-    resumed = train.fit(toy.task(), toy.batches(), config, tmp_path / "a", devices=ONE)
-    whole = train.fit(toy.task(), toy.batches(), config, tmp_path / "b", devices=ONE)
-    assert_trees_equal(jax.device_get(whole), jax.device_get(resumed))
+    resumed = train.fit(toy.task(), toy.batches(), config, tmp_path, devices=ONE)
+    assert_trees_equal(whole[0], jax.device_get(resumed))
 
 
 def test_an_error_of_the_data_reaches_the_caller(tmp_path):

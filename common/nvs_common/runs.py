@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 
 import jax
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 
 from nvs_common import errors
 
@@ -37,6 +39,7 @@ OPERATIONAL = (
     "eval.",
     "data.workers",
 )
+_MAX_CONFIG_BYTES = 2**16
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -107,6 +110,36 @@ def check_workdir(workdir: str | pathlib.Path, config: Config) -> None:
             f"{workdir} holds a run of another config ({'; '.join(changed)}); use another "
             "--workdir, or --accept_changes to go on from its checkpoint with the new config."
         )
+
+
+def check_agreement(config: Config) -> None:
+    """Stops all processes of a job if one was started with another config than process 0.
+
+    They would hang or train something wrong without a word. Only here may machines not differ
+    even in OPERATIONAL fields: they decide when all processes meet.
+
+    Raises:
+      InputError: on every process; where this one differs it names the fields.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = to_json(config)
+    text = json.dumps(mine).encode()
+    # Padded to a fixed length: a collective needs the same shape everywhere.
+    padded = np.zeros(_MAX_CONFIG_BYTES, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    first = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    theirs = json.loads(first.rstrip(b"\0"))
+    equal = multihost_utils.process_allgather(np.asarray(mine == theirs))
+    if np.all(equal):
+        return
+    a, b = flatten(theirs), flatten(mine)
+    changed = [f"{k}: {a.get(k)} there, {b.get(k)} here" for k in a | b if a.get(k) != b.get(k)]
+    others = [int(i) for i in np.flatnonzero(~np.asarray(equal).reshape(-1))]
+    raise errors.InputError(
+        f"processes {others} were started with another config than process 0"
+        f"{' (' + '; '.join(changed) + ')' if changed else ''}; start all with the same command."
+    )
 
 
 def write_session(

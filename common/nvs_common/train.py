@@ -87,6 +87,7 @@ def fit(
       Preempted: SIGTERM arrived; a checkpoint was saved.
     """
     workdir = pathlib.Path(workdir).absolute()
+    runs.check_agreement(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     training_step.check_batch(config, mesh)
     tx = optim.make(config)
