@@ -63,7 +63,7 @@ def scene(text: str, config: Any, size: tuple[int, int] | None) -> Any:
       InputError: no scene there, or it cannot be loaded; a seed that is not a number.
     """
     if not text.startswith("procedural:"):
-        return scenes.load_scene(text, size=size)
+        return scenes.load_measured(text, size=size)
     seed = text.removeprefix("procedural:")
     if not seed.isdecimal():
         raise InputError(f"--scene={text!r}: expected procedural:SEED with a whole number.")
@@ -90,4 +90,4 @@ def scenes_at(path: str, size: tuple[int, int] | None) -> list[tuple[str, Any]]:
             found = scenes.find_scenes(place)
         except InputError:
             raise error from None  # says which layouts are known
-    return [(p.resolve().name, scenes.load_scene(p, size=size)) for p in found]
+    return [(p.resolve().name, scenes.load_measured(p, size=size)) for p in found]

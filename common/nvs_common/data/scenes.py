@@ -141,6 +141,20 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
     return _with_depths(scene, limits, depth_bounds.FROM_IMAGES)
 
 
+def load_measured(path: str | pathlib.Path, *, size: tuple[int, int] | None = None) -> Scene:
+    """`load_scene`, and `measure_depths` where near and far would come from the cameras alone.
+
+    What training, evaluation and rendering use: a range several times too wide wastes the
+    layers, planes or samples of every system.
+
+    Raises:
+      InputError: as the two functions it is made of.
+    """
+    scene = load_scene(path, size=size)
+    guessed = (depth_bounds.FROM_MEETING, depth_bounds.FROM_SPREAD)
+    return measure_depths(scene) if scene.bounds in guessed else scene
+
+
 def _with_depths(scene: Scene, limits: np.ndarray, bounds: str) -> Scene:
     """The scene with other near and far [n, 2]."""
     near, far = np.asarray(limits, np.float64).T

@@ -170,7 +170,7 @@ def load_folder(
     good, skipped = [], {}
     for found in scenes.find_scenes(path):
         try:
-            good.append(scenes.load_scene(found, size=size))
+            good.append(scenes.load_measured(found, size=size))
         except InputError as error:
             if max_bad == 0:
                 raise
