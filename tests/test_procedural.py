@@ -17,6 +17,7 @@ from nvs_common.data import (
     procedural,
     raycast,
     rigs,
+    scenery,
     shading,
     shapes,
     textures,
@@ -359,5 +360,34 @@ def test_bad_options_are_refused_by_name():
         procedural.World(kinds=("moon",))
     with pytest.raises(InputError, match="height is 0"):
         procedural.World(height=0)
+    with pytest.raises(InputError, match="fov is"):
+        procedural.World(fov=(90.0, 40.0))
     with pytest.raises(IndexError):
         procedural.World(num_scenes=3)[3]
+
+
+@pytest.mark.parametrize("height, width, views", [(31, 20, 1), (16, 40, 3)])
+def test_small_tall_and_single_view_scenes_work(height, width, views):
+    scene = procedural.World(seed=9, height=height, width=width, num_views=views)[4]
+    assert scene.images(range(views)).shape == (views, height, width, 3)
+    assert scene.cameras.world_from_cam.shape == (views, 4, 4)
+
+
+def test_a_view_does_not_change_where_its_bands_meet():
+    scene = procedural.World(seed=6, num_views=2)[1].resized(128, 224)
+    rays = procedural._rays(scene.cameras[[0]])
+    whole = procedural._render(scene.stage, rays)
+    parts = [procedural._render(scene.stage, rays.band(top, top + 30)) for top in range(0, 128, 30)]
+    different = np.abs(np.concatenate(parts) - whole).max(axis=-1) > 1e-3 * whole.max()
+    assert different.mean() < 0.002
+
+
+def test_crates_stand_on_the_ground_and_on_each_other():
+    for seed in range(6):
+        content = builder.Builder(np.random.default_rng(seed))
+        scenery.crate(content, [1.0, 2.0, 0.5], 1.0)
+        solids, group = content.solids()
+        low = solids.center[:, 2] - solids.half[:, 2]
+        high = solids.center[:, 2] + solids.half[:, 2]
+        np.testing.assert_allclose(np.sort(low), np.append(0.5, np.sort(high)[:-1]), atol=1e-9)
+        assert (group == group[0]).all()

@@ -84,7 +84,8 @@ class Builder:
         half = tuple(half) if len(half) == 3 else (*half, _FLAT)
         axes = np.eye(3) if axes is None else axes
         material = self.material() if material is None else material
-        center = np.asarray(center, float)
+        # A copy: callers move their point on while they stack.
+        center = np.array(center, float)
         self._solids.append((kind, axes, center, half, material, bitmap, self._group))
 
     def rod(self, start, end, radius: float, material: int) -> None:
@@ -94,7 +95,9 @@ class Builder:
         half = (radius, radius, length / 2)
         self.add(CYLINDER, (start + end) / 2, half, along(end - start), material)
 
-    def material(self, *names: str, size: float = 1.0, base=None, glow: float = 0.0) -> int:
+    def material(
+        self, *names: str, size: float = 1.0, base=None, glow: float = 0.0, contrast: float = 0.0
+    ) -> int:
         """Adds a material and returns its row.
 
         Args:
@@ -102,6 +105,7 @@ class Builder:
           size: typical extent in world units of what it covers.
           base: [3] colour, drawn if None.
           glow: light given off.
+          contrast: if given, a pattern's dark parts are this much darker than the base colour.
         """
         rng, source = self.rng, textures.atlas()
         if not names and rng.random() < 0.3:
@@ -120,10 +124,13 @@ class Builder:
             if base is not None:
                 # Within the family of the given colour: lighter and darker, a little off in hue.
                 swing = 0.35 * swing + rng.choice([-1, 1]) * rng.uniform(0.1, 0.6) * first
+            if contrast:
+                swing = contrast * first
+                first = first - 0.2 * swing
             fine = rng.uniform(0, 0.25) * first
             broad = rng.uniform(0, 0.35 if base is None else 0.15) * (color(rng) - first)
             mix = np.stack([swing, fine, broad])
-            middle = first + 0.5 * swing
+            middle = first if contrast else first + 0.5 * swing
         tiles = np.array([rng.uniform(0.5, 2.0), rng.uniform(0.2, 6.0)]) / size
         detail = int(rng.choice(source.find("fractal", "plain", "cloth", "marble")))
         glossy = rng.random() < 0.35

@@ -65,6 +65,12 @@ class World:
         for name in ("num_scenes", "height", "width", "num_views"):
             if getattr(self, name) < 1:
                 raise InputError(f"procedural world: {name} is {getattr(self, name)}; give >= 1.")
+        for name in ("baseline", "fov"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < 160:
+                raise InputError(
+                    f"procedural world: {name} is ({low}, {high}); give 0 < low <= high < 160."
+                )
 
     def __len__(self) -> int:
         return self.num_scenes

@@ -109,8 +109,9 @@ def _arc(rng, count, baseline, nearest, distance):
 
 
 def _orbit(rng, count, baseline, nearest, distance):
-    sweep = np.radians(rng.uniform(40, 110))
-    angle = np.linspace(-0.5, 0.5, count) * max(sweep, count * baseline / distance)
+    # Wider steps than an arc's, but never so wide that neighbours share little.
+    step = min(np.radians(rng.uniform(40, 110)) / count, 1.6 * baseline / distance)
+    angle = (np.arange(count) - (count - 1) / 2) * step
     return _around(rng, angle, count, baseline, distance)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from nvs_common.data import shapes
-from nvs_common.data.builder import Builder, along, turn, yaw
+from nvs_common.data.builder import Builder, along, color, muted, turn, yaw
 from nvs_common.data.shapes import BOX, CUTOUT, CYLINDER, DISC, ELLIPSOID, LEAF, QUAD
 
 
@@ -205,7 +205,7 @@ def lamp(b: Builder, at, size: float) -> None:
     """A pole with a shade."""
     tall = size * b.rng.uniform(0.8, 1.4)
     metal = b.material("plain", size=size)
-    b.rod(at, np.add(at, [0, 0, tall]), 0.02 * size, metal)
+    b.rod(at, np.add(at, [0, 0, tall]), 0.03 * size, metal)
     radius = size * b.rng.uniform(0.08, 0.2)
     shade = b.material("plain", "cloth", "stripes", size=size, glow=b.rng.choice([0, 0.5]))
     half = (radius, radius, radius * b.rng.uniform(0.5, 1.2))
@@ -241,7 +241,11 @@ def house(b: Builder, at, size: float) -> None:
     """A block with windows, a plinth, a door and a roof."""
     half = size * b.rng.uniform([0.5, 0.5, 0.35], [1.0, 0.8, 0.8])
     axes = yaw(b.rng.choice([0, np.pi / 2]) + b.rng.normal(0, 0.05))
-    wall = b.material("facade", size=b.rng.uniform(2.0, 4.0))
+    tone = muted(b.rng) if b.rng.random() < 0.6 else color(b.rng)
+    if b.rng.random() < 0.6:
+        wall = b.material("facade", size=b.rng.uniform(2.0, 4.0), base=tone, contrast=1.2)
+    else:
+        wall = b.material("brick", "plain", "wood", size=b.rng.uniform(1.5, 4.0), base=tone)
     base = np.asarray(at, float)
     b.add(BOX, base + [0, 0, half[2]], half, axes, wall)
     b.add(
