@@ -26,11 +26,13 @@ NUM_PLANES = 64
 
 
 class SweepSettings(NamedTuple):
-    """Settings of `plane_sweep`, tuned on photographs of a desk at 256x144 (8 of 166).
+    """Settings of `plane_sweep`, tuned on photographs of a desk and procedural rooms.
 
     Attributes:
       num_planes: planes, uniform in disparity between the target's near and far.
-      window: side in pixels of the square over which the matching cost is averaged.
+      window: side of the square over which the matching cost is averaged, as a part of the
+        image's shorter side.
+      min_window: least side of that square in pixels, odd.
       temperature: of the soft-min over planes, in squared intensity.
       truncation: largest squared colour difference that one view contributes to the cost, so
         that a view in which the surface is hidden does not veto it.
@@ -38,7 +40,8 @@ class SweepSettings(NamedTuple):
     """
 
     num_planes: int = NUM_PLANES
-    window: int = 13
+    window: float = 0.09
+    min_window: int = 9
     temperature: float = 3e-5
     truncation: float = 0.02
     falloff: float = 1.5
@@ -163,7 +166,9 @@ def _agreement(
     # alone agree with themselves perfectly and would win otherwise.
     error = jnp.where(valid > 0, jnp.minimum(error, settings.truncation), settings.truncation / 2)
     cost = jnp.sum(prior * error, axis=0) / jnp.sum(prior, axis=0)
-    cost = _box(cost, settings.window)
+    # The nearest odd number of pixels.
+    side = 2 * round((settings.window * min(cost.shape) - 1) / 2) + 1
+    cost = _box(cost, max(side, settings.min_window))
     visible = weights / (1.0 + jnp.square(_box(error, 3) / (0.1 * settings.truncation)))
     return _weighted_mean(colors, visible), cost
 
