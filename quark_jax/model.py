@@ -294,14 +294,17 @@ class Quark(nn.Module):
         """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
         grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
 
-        def one(update, view, depth_logits, target):
-            depth = ldm.depths(depth_logits, target.near, target.far)
-            projection = ldm.project(depth, target, view)
-            return ldm.back_project(update, projection.uv), projection.valid
+        depth = jax.vmap(ldm.depths)(depth_logits, targets.near, targets.far)
 
-        over_views = jax.vmap(one, in_axes=(0, 0, None, None))
-        over_targets = jax.vmap(over_views, out_axes=1)
-        delta, valid = over_targets(update, views, depth_logits, grid_targets)
+        def view(per_view: tuple[Array, Cameras]) -> tuple[Array, Array]:
+            features, cams = per_view
+            projection = jax.vmap(ldm.project)(depth, grid_targets, cams)
+            return jax.vmap(ldm.back_project)(features, projection.uv), projection.valid
+
+        # A loop, not a batch: one view's positions and corners exist at a time, and the result
+        # is stored once instead of being fused into, and recomputed by, each attention.
+        by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (update, views))
+        delta, valid = jax.lax.map(jax.checkpoint(view), by_view)
         return delta, valid if self.mask_invalid else jnp.ones_like(valid)
 
     def _logits(self, volume: Array, delta: Array) -> ldm.Logits:
@@ -311,8 +314,8 @@ class Quark(nn.Module):
         blend = None
         if color is None:
             query = self.blend_query(self.blend_norm(volume))
-            blend = jnp.einsum("...c,v...c->v...", query, delta).astype(jnp.float32)
-            blend = jnp.moveaxis(blend * self.channels**-0.5, 0, 1)
+            blend = jnp.einsum("n...c,vn...c->nv...", query, delta).astype(jnp.float32)
+            blend = blend * self.channels**-0.5
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
 
 
@@ -337,8 +340,7 @@ PARAM_AXES = {
     r".*/(scale|bias)": (None,),
     r"fused_\d/attention\d/(query|key|value|output)/kernel": (None, None, None),
     r".*(stem|conv_in|conv_out)/kernel": (None, None, None, None),
-    r".*(head|dense_in|dense_out|depth|density|appearance|color|blend_query|projections_\d)/kernel": (
-        None,
-        None,
-    ),
+    r".*(head|dense_in|dense_out|depth|density|appearance)/kernel": (None, None),
+    # Of `blend_query` and `color` a model has one; the ray encoding may be left out with either.
+    r"(blend_query|color|ray_projections_\d)/kernel": (None, None),
 }

@@ -93,6 +93,30 @@ def test_folded_attention_equals_standard_attention(x64):
     np.testing.assert_allclose(folded, standard, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_gradient_is_the_one_of_plain_attention(x64, shared):
+    rng = np.random.default_rng(3)
+    shape = (3, 6, 4) if shared else (3, 6, 2, 4)
+    query, keys, values = (jnp.asarray(rng.normal(size=s)) for s in ((6, 2, 4), shape, shape))
+    valid = jnp.asarray(rng.uniform(size=(3, 6)) > 0.4).at[:, 0].set(False)
+
+    def plain(query, keys, values):
+        heads = "" if shared else "a"
+        logits = jnp.einsum(f"naf,vn{heads}f->vna", query, keys) * 0.5
+        logits = jnp.where(fusion.masked(valid)[..., None], logits, -1e9)
+        weights = jax.nn.softmax(logits, axis=0)
+        return jnp.einsum(f"vna,vn{heads}c->nac", weights, values)
+
+    def score(function):
+        return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1, 2))
+
+    ours = score(lambda q, k, v: fusion.attend(q, k, v, valid, 0.5))(query, keys, values)
+    for a, b in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(score(plain)(query, keys, values)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 def test_folding_is_exact_algebra(x64):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(8, 2, 4))) for _ in range(3))
