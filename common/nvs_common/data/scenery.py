@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvs_common.data import shapes
-from nvs_common.data.builder import Builder, along, color, muted, turn, yaw
+from nvs_common.data import builder, shapes
+from nvs_common.data.builder import Builder
 from nvs_common.data.shapes import BOX, CUTOUT, CYLINDER, DISC, ELLIPSOID, LEAF, QUAD
 
 
 def crate(b: Builder, at, size: float) -> None:
     """Boxes, standing or stacked askew."""
     base = np.array(at, float)
-    axes = yaw(b.rng.uniform(0, np.pi))
+    axes = builder.yaw(b.rng.uniform(0, np.pi))
     for _ in range(int(b.rng.integers(1, 4))):
         half = size * b.rng.uniform(0.15, 0.5, 3)
         base[2] += half[2]
         b.add(BOX, base, half, axes, b.material(size=size))
         base[2] += half[2]
         size *= 0.75
-        axes = yaw(b.rng.uniform(0, np.pi))
+        axes = builder.yaw(b.rng.uniform(0, np.pi))
 
 
 def ball(b: Builder, at, size: float) -> None:
     """A sphere or an ellipsoid on the ground."""
     half = size * 0.5 * (b.rng.uniform(0.5, 1, 3) if b.rng.random() < 0.5 else np.ones(3))
-    axes = yaw(b.rng.uniform(0, np.pi))
+    axes = builder.yaw(b.rng.uniform(0, np.pi))
     b.add(ELLIPSOID, np.add(at, [0, 0, half[2]]), half, axes, b.material(size=size))
 
 
@@ -51,7 +51,7 @@ def table(b: Builder, at, size: float) -> None:
     """A top on four legs with things on it."""
     half = np.array([size * b.rng.uniform(0.4, 0.8), size * b.rng.uniform(0.3, 0.5), 0.02 * size])
     tall = size * b.rng.uniform(0.4, 0.7)
-    axes, wood = yaw(b.rng.uniform(0, np.pi)), b.material("wood", "plain", size=size)
+    axes, wood = builder.yaw(b.rng.uniform(0, np.pi)), b.material("wood", "plain", size=size)
     top = np.add(at, [0, 0, tall])
     b.add(BOX, top, half, axes, wood)
     for sx in (-1, 1):
@@ -71,14 +71,14 @@ def papers(b: Builder, at, size: float) -> None:
         half = size * np.array([0.5, 0.35, b.rng.uniform(0.01, 0.08)]) * b.rng.uniform(0.6, 1)
         base[2] += half[2]
         cover = b.material("print", "picture", "plain", "leaves", size=1.5 * size)
-        b.add(BOX, base, half, yaw(b.rng.uniform(0, np.pi)), cover)
+        b.add(BOX, base, half, builder.yaw(b.rng.uniform(0, np.pi)), cover)
         base[2] += half[2]
 
 
 def shelf(b: Builder, at, size: float) -> None:
     """Boards between two sides with goods on them."""
     wide, deep, tall = size * b.rng.uniform([0.3, 0.1, 0.5], [0.6, 0.18, 1.0])
-    axes, wood = yaw(b.rng.uniform(0, 2 * np.pi)), b.material("wood", "plain", size=size)
+    axes, wood = builder.yaw(b.rng.uniform(0, 2 * np.pi)), b.material("wood", "plain", size=size)
     boards, thick = int(b.rng.integers(3, 6)), 0.012 * size
     for side in (-1, 1):
         offset = axes @ np.array([side * wide, 0, 0]) + [0, 0, tall]
@@ -110,11 +110,11 @@ def plant(b: Builder, at, size: float) -> None:
         spray(b, stem + [0, 0, 0.3 * size], 0.45 * size, int(b.rng.integers(4, 9)), leaf)
         return
     for _ in range(int(b.rng.integers(6, 14))):
-        way = turn(b.rng)[:, 2] * [1, 1, 0.5] + [0, 0, 0.6]
+        way = builder.turn(b.rng)[:, 2] * [1, 1, 0.5] + [0, 0, 0.6]
         tip = stem + way / np.linalg.norm(way) * size * b.rng.uniform(0.25, 0.7)
         length = size * b.rng.uniform(0.1, 0.2)
-        axes = along(way)[:, [0, 2, 1]] * [1, 1, -1]
-        b.add(LEAF, tip, (length * 0.4, length), axes @ yaw(b.rng.normal(0, 0.4)), leaf)
+        axes = builder.along(way)[:, [0, 2, 1]] * [1, 1, -1]
+        b.add(LEAF, tip, (length * 0.4, length), axes @ builder.yaw(b.rng.normal(0, 0.4)), leaf)
         b.rod(stem, tip, 0.008 * size, leaf)
 
 
@@ -122,7 +122,9 @@ def spray(b: Builder, middle, size: float, count: int, leaf: int) -> None:
     """Cut-out foliage on quads that stand through one another."""
     bitmap = int(b.rng.choice(shapes.FOLIAGE_BITMAPS))
     for _ in range(count):
-        axes = yaw(b.rng.uniform(0, 2 * np.pi)) @ along(np.array([1, 0, b.rng.normal(0, 0.5)]))
+        axes = builder.yaw(b.rng.uniform(0, 2 * np.pi)) @ builder.along(
+            np.array([1, 0, b.rng.normal(0, 0.5)])
+        )
         # The bitmap's top must point up: the second axis down.
         axes = axes if axes[2, 1] < 0 else axes * [-1, -1, 1]
         half = np.full(2, size * b.rng.uniform(0.7, 1.1))
@@ -139,7 +141,9 @@ def bush(b: Builder, at, size: float) -> None:
 def silhouette(b: Builder, at, size: float) -> None:
     """A flat cut-out that stands or leans: an ornament, a grating, a figure, a sign."""
     half = size * b.rng.uniform(0.25, 0.6, 2)
-    axes = yaw(b.rng.uniform(0, 2 * np.pi)) @ along(np.array([1, 0, b.rng.normal(0, 0.15)]))
+    axes = builder.yaw(b.rng.uniform(0, 2 * np.pi)) @ builder.along(
+        np.array([1, 0, b.rng.normal(0, 0.15)])
+    )
     bitmap = int(b.rng.integers(shapes.cutout_count()))
     b.add(CUTOUT, np.add(at, [0, 0, half[1]]), half, axes, b.material(size=size), bitmap)
 
@@ -159,7 +163,7 @@ def cable(b: Builder, at, size: float) -> None:
 
 def chair(b: Builder, at, size: float) -> None:
     """A seat on four legs with a back of slats."""
-    half, axes = 0.22 * size, yaw(b.rng.uniform(0, 2 * np.pi))
+    half, axes = 0.22 * size, builder.yaw(b.rng.uniform(0, 2 * np.pi))
     wood, seat = b.material("wood", "plain", size=size), b.material("cloth", "plain", size=size)
     b.add(BOX, np.add(at, [0, 0, 2 * half]), (half, half, 0.12 * half), axes, seat)
     for sx in (-1, 1):
@@ -174,7 +178,7 @@ def chair(b: Builder, at, size: float) -> None:
 def screen(b: Builder, at, size: float) -> None:
     """A screen on a foot."""
     half = size * np.array([0.5, 0.015, 0.3])
-    axes = yaw(b.rng.normal(0, 0.5) + np.pi * (b.rng.random() < 0.3))
+    axes = builder.yaw(b.rng.normal(0, 0.5) + np.pi * (b.rng.random() < 0.3))
     dark = b.material("plain", size=size, base=b.rng.uniform(0.08, 0.25) * np.ones(3))
     middle = np.add(at, [0, 0, 0.12 * size + half[2]])
     b.add(BOX, middle, half, axes, dark)
@@ -189,7 +193,7 @@ def screen(b: Builder, at, size: float) -> None:
 
 def fence(b: Builder, at, size: float) -> None:
     """A lattice of bars."""
-    axes, paint = yaw(b.rng.uniform(0, np.pi)), b.material("plain", "wood", size=size)
+    axes, paint = builder.yaw(b.rng.uniform(0, np.pi)), b.material("plain", "wood", size=size)
     count, tall = int(b.rng.integers(4, 10)), size * b.rng.uniform(0.4, 0.8)
     half = size * b.rng.uniform(0.4, 0.8)
     thick = size * b.rng.uniform(0.008, 0.025)
@@ -215,7 +219,9 @@ def lamp(b: Builder, at, size: float) -> None:
 def panel(b: Builder, at, size: float) -> None:
     """A thin plate or sign leaning in any direction."""
     half = size * b.rng.uniform(0.2, 0.5, 2)
-    axes = yaw(b.rng.uniform(0, 2 * np.pi)) @ along(np.array([1, 0, b.rng.normal(0, 0.2)]))
+    axes = builder.yaw(b.rng.uniform(0, 2 * np.pi)) @ builder.along(
+        np.array([1, 0, b.rng.normal(0, 0.2)])
+    )
     lift = half.max()
     face = b.material("picture", "print", "leaves", "checks", "stripes", size=2 * size)
     b.add(b.rng.choice([QUAD, QUAD, DISC]), np.add(at, [0, 0, lift]), half, axes, face)
@@ -230,7 +236,7 @@ def tree(b: Builder, at, size: float) -> None:
     top = np.add(at, [0, 0, tall])
     for _ in range(int(b.rng.integers(0, 6))):
         spot = top + b.rng.normal(0, 0.15 * size, 3)
-        b.add(ELLIPSOID, spot, size * b.rng.uniform(0.08, 0.22, 3), turn(b.rng), crown)
+        b.add(ELLIPSOID, spot, size * b.rng.uniform(0.08, 0.22, 3), builder.turn(b.rng), crown)
     spread = size * b.rng.uniform(0.2, 0.4)
     spray(b, top + [0, 0, 0.2 * spread], spread, int(b.rng.integers(5, 10)), crown)
     for _ in range(int(b.rng.integers(0, 4))):
@@ -240,8 +246,8 @@ def tree(b: Builder, at, size: float) -> None:
 def house(b: Builder, at, size: float) -> None:
     """A block with windows, a plinth, a door and a roof."""
     half = size * b.rng.uniform([0.5, 0.5, 0.35], [1.0, 0.8, 0.8])
-    axes = yaw(b.rng.choice([0, np.pi / 2]) + b.rng.normal(0, 0.05))
-    tone = muted(b.rng) if b.rng.random() < 0.6 else color(b.rng)
+    axes = builder.yaw(b.rng.choice([0, np.pi / 2]) + b.rng.normal(0, 0.05))
+    tone = builder.muted(b.rng) if b.rng.random() < 0.6 else builder.color(b.rng)
     if b.rng.random() < 0.6:
         wall = b.material("facade", size=b.rng.uniform(2.0, 4.0), base=tone, contrast=1.2)
     else:
@@ -283,4 +289,11 @@ def shard(b: Builder, at, size: float) -> None:
     half = size * np.exp(b.rng.uniform(np.log(0.08), np.log(0.6), 3))
     half = half[:2] + 0.1 * size if kind >= QUAD else half
     bitmap = int(b.rng.integers(shapes.cutout_count()))
-    b.add(kind, np.add(at, [0, 0, 0.5 * size]), half, turn(b.rng), b.material(size=size), bitmap)
+    b.add(
+        kind,
+        np.add(at, [0, 0, 0.5 * size]),
+        half,
+        builder.turn(b.rng),
+        b.material(size=size),
+        bitmap,
+    )

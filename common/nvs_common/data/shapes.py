@@ -24,6 +24,7 @@ _QUIET = np.errstate(divide="ignore", invalid="ignore")
 
 @_QUIET
 def box(o, d):
+    """Meets the cube [-1, 1]^3: depth along rays o + t d of [3, n] and the axis that is hit."""
     inverse = [1 / c for c in d]
     middle = [-a * b for a, b in zip(o, inverse, strict=True)]
     reach = [np.abs(c) for c in inverse]
@@ -39,6 +40,7 @@ def box(o, d):
 
 @_QUIET
 def ellipsoid(o, d):
+    """Meets the unit sphere; o and d are [3, n] in the shape's own axes."""
     a = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     b = o[0] * d[0] + o[1] * d[1] + o[2] * d[2]
     # |o x d| instead of b^2 - a c: small and distant shapes would lose all digits.
@@ -50,6 +52,7 @@ def ellipsoid(o, d):
 
 @_QUIET
 def cylinder(o, d):
+    """Meets the unit cylinder along the third axis with its two caps."""
     a = d[0] * d[0] + d[1] * d[1] + np.float32(1e-20)
     b = o[0] * d[0] + o[1] * d[1]
     cross = o[0] * d[1] - o[1] * d[0]
@@ -71,16 +74,19 @@ def _flat(o, d):
 
 
 def quad(o, d):
+    """Meets the square [-1, 1]^2 in the plane of the first two axes."""
     depth, x, y = _flat(o, d)
     return depth, None, np.maximum(np.abs(x), np.abs(y)) <= 1
 
 
 def disc(o, d):
+    """Meets the unit disc in the plane of the first two axes."""
     depth, x, y = _flat(o, d)
     return depth, None, x * x + y * y <= 1
 
 
 def leaf(o, d):
+    """Meets a leaf: two parabolas that touch at the ends of the second axis."""
     depth, x, y = _flat(o, d)
     return depth, None, np.abs(x) <= 1 - y * y
 
