@@ -17,7 +17,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12.1",
         "optax",
-        "orbax-checkpoint>=0.11.40",
+        "orbax-checkpoint>=0.12.3",
         "chex",
         "grain>=0.2.14",
         "tensorflow-datasets",
@@ -37,6 +37,6 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "test": ["pytest", "scikit-image", "build", "setuptools>=69", "wheel"],
-        "dev": ["ruff", "pyright"],
+        "dev": ["ruff", "pyright[nodejs]"],
     },
 )
