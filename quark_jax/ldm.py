@@ -87,7 +87,9 @@ def project(depth: Array, target: Cameras, view: Cameras) -> Projection:
     chex.assert_shape(depth, (None, target.height, target.width))
     view_from_target = cameras.compose(cameras.invert(view.world_from_cam), target.world_from_cam)
     rays = cameras.camera_rays(target.intrinsics, cameras.pixel_grid(target.height, target.width))
-    points = cameras.transform(view_from_target, rays[None] * depth[..., None])
+    # Rays are turned once; what is left for every layer is a multiplication by its depth.
+    turned = jnp.einsum("ij,yxj->yxi", view_from_target[:3, :3], rays, precision="highest")
+    points = turned[None] * depth[..., None] + view_from_target[:3, 3].reshape(1, 1, 1, 3)
     uv, z = cameras.project_camera(view.intrinsics, points)
     valid = (z > MIN_VIEW_DEPTH) & sampling.inside(uv, view.height, view.width)
     size = jnp.array([view.width, view.height], uv.dtype).reshape(1, 1, 1, 2)

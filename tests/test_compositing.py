@@ -1,8 +1,8 @@
 """The over operator."""
 
 import jax
-import jax.test_util
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 
 from nvs_common import compositing

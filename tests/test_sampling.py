@@ -1,8 +1,8 @@
 """Gather and splat: exact adjoints, conventions, borders, gradients."""
 
 import jax
-import jax.test_util
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
