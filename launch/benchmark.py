@@ -97,6 +97,7 @@ def training(config) -> list[str]:
         half = max(1, _STEPS.value // 2)
         # The first half fills buffers and caches; only the second is reported.
         config.update(num_steps=2 * half, log_every=half, eval_every=0)
+        config.optim.update(schedule="constant", warmup_steps=0)
     task = tasks.TASKS[config.system](config)
     with tempfile.TemporaryDirectory() as folder:
         train.fit(task, pipeline.training_batches(config), config, folder)

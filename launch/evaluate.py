@@ -25,6 +25,10 @@ from nvs_common import evaluate, html_report, perceptual, runs
 from nvs_common.data import sources
 from nvs_common.errors import InputError
 
+flags.adopt_module_key_flags(trained)
+# Quark's protocol, arXiv 2411.16680, Sec. 3.4.
+PUBLISHED_INPUTS = 8
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
 _DATA = flags.DEFINE_string(
@@ -39,11 +43,14 @@ _NUM_SCENES = flags.DEFINE_integer(
 _NUM_INPUTS = flags.DEFINE_integer(
     "num_inputs",
     None,
-    "Input views of each target, the nearest by camera centre; as many as in training "
-    "(config.data.num_context) by default.",
+    "Input views of each target, the nearest by camera centre; by default 8 of photographs, as "
+    "is published, and as many as in training (config.data.num_context) of procedural scenes.",
 )
 _HOLDOUT = flags.DEFINE_integer(
-    "holdout", 8, "Every so-manieth view, from the first, is a target and never an input."
+    "holdout",
+    None,
+    "Every so-manieth view, from the first, is a target and never an input; "
+    "by default what the run's training held out (config.data.hold_out_every, 8 as published).",
 )
 _SIZE = flags.DEFINE_string(
     "size",
@@ -74,14 +81,16 @@ _OUT = flags.DEFINE_string(
 def main(_) -> int:
     """Evaluates; returns the exit code."""
     lpips = perceptual.load(_LPIPS.value) if _LPIPS.value else None
+    if _DATA.value and _NUM_SCENES.value is not None:
+        raise InputError("--num_scenes is for procedural scenes; leave it out with --data.")
     if _CHUNK.value < 1:
         raise InputError(f"--chunk={_CHUNK.value}: expected 1 or more.")
     model = trained.load(_WORKDIR.value, _STEP.value)
     size = trained.size(_SIZE.value, model.config)
     asked = _NUM_INPUTS.value
     protocol = evaluate.Protocol(
-        num_inputs=model.config.data.num_context if asked is None else asked,
-        hold_out_every=_HOLDOUT.value,
+        num_inputs=_default_inputs(model.config) if asked is None else asked,
+        hold_out_every=_HOLDOUT.value or model.config.data.get("hold_out_every", 8) or 8,
         size=size,
         border=_BORDER.value,
         ssim=_SSIM.value,  # pyright: ignore[reportArgumentType]
@@ -109,6 +118,10 @@ def main(_) -> int:
     print(f"{sum(len(s.views) for s in result.scenes)} views of {len(result.scenes)} scenes")
     print(f"report: {report}")
     return 0
+
+
+def _default_inputs(config) -> int:
+    return PUBLISHED_INPUTS if _DATA.value else config.data.num_context
 
 
 def _held_out(config) -> list[tuple[str, object]]:

@@ -30,6 +30,6 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 Your own photographs: any folder with COLMAP, nerfstudio (transforms.json), LLFF or RealEstate10K
 cameras. Render them with this model, or train on them:
   .venv/bin/python launch/render.py --workdir=$run --scene=/path/to/photos --path=spiral --out=mine.mp4
-  .venv/bin/python launch/train.py --config=configs/quark.py:tiny --workdir=runs/mine \\
+  .venv/bin/python launch/train.py --config=configs/quark.py:tiny,photos --workdir=runs/mine \\
     --config.data.source=/path/to/photos
 END

@@ -22,6 +22,7 @@ from nvs_common import panels, rendering, trajectories, video
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
 
+flags.adopt_module_key_flags(trained)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _SCENE = flags.DEFINE_string(

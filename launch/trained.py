@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from launch import tasks
 from nvs_common import checkpoint
-from nvs_common.data import layouts, procedural, scenes
+from nvs_common.data import layouts, scenes, sources
 from nvs_common.errors import InputError
 from nvs_common.types import Task, Variables
 
@@ -22,11 +25,20 @@ class Trained(NamedTuple):
     step: int
 
 
+SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "FIELD=VALUE changes the run's config for this program, e.g. model.grid_area=28672 for a finer "
+    "map than in training, or model.dtype=bfloat16. Repeat it for several fields.",
+)
+
+
 def load(workdir: str, step: int | None) -> Trained:
-    """Loads a checkpoint of a run, the newest if `step` is None.
+    """Loads a checkpoint of a run, the newest if `step` is None; `--set` changes its config.
 
     Raises:
-      InputError: no such run or step, a damaged checkpoint, or a system that is unknown here.
+      InputError: no such run or step, a damaged checkpoint, a system that is unknown here, or a
+        field that the config does not have.
     """
     folder = pathlib.Path(workdir) / checkpoint.FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
@@ -37,8 +49,30 @@ def load(workdir: str, step: int | None) -> Trained:
             f"{workdir}: the run's system {config.system!r} is unknown here; known are "
             f"{sorted(tasks.TASKS)}."
         )
+    for text in SET.value:
+        _change(config, text)
     assert step is not None  # load_variables has refused a run without steps
     return Trained(config, tasks.TASKS[config.system](config), variables, step)
+
+
+def _change(config: Any, text: str) -> None:
+    """Sets one field of the config to the value of "FIELD=VALUE", of the type it has."""
+    name, equals, value = text.partition("=")
+    *path, last = name.split(".")
+    section = config
+    for part in path:
+        section = section.get(part, None) if hasattr(section, "get") else None
+    if not equals or not hasattr(section, "get") or last not in section:
+        raise InputError(f"--set={text}: expected FIELD=VALUE with a field of the run's config.")
+    try:
+        # JSON has the numbers, booleans and lists; all else is text.
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = value
+    try:
+        section[last] = parsed
+    except TypeError as error:
+        raise InputError(f"--set={text}: {error}") from error
 
 
 def size(text: str, config: Any) -> tuple[int, int] | None:
@@ -67,10 +101,7 @@ def scene(text: str, config: Any, size: tuple[int, int] | None) -> Any:
     seed = text.removeprefix("procedural:")
     if not seed.isdecimal():
         raise InputError(f"--scene={text!r}: expected procedural:SEED with a whole number.")
-    height, width = size or (config.data.height, config.data.width)
-    views = config.data.views_per_scene
-    world = procedural.World(int(seed), 1, height=height, width=width, num_views=views)
-    return world[0]
+    return sources.world(config, int(seed), 1, size)[0]
 
 
 def scenes_at(path: str, size: tuple[int, int] | None) -> list[tuple[str, Any]]:

@@ -47,9 +47,9 @@ def _attend(query: Array, keys: Array, values: Array, takes_part: Array) -> Arra
 
 
 def _weights(query: Array, keys: Array, takes_part: Array) -> list[Array]:
-    """Float32 softmax over views: for each view the weights [n, ..., a]."""
+    """Softmax over views in float32 or wider: for each view the weights [n, ..., a]."""
     logits = [
-        jnp.where(part[..., None], _dot(query, key).astype(jnp.float32), -1e9)
+        jnp.where(part[..., None], _dot(query, key), -1e9)
         for key, part in zip(_views(keys), _views(takes_part), strict=True)
     ]
     highest = functools.reduce(jnp.maximum, logits)
@@ -66,9 +66,12 @@ def _mix(weights: list[Array], values: Array) -> Array:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Products summed over channels, as a matrix product because XLA's reductions are slower."""
+    """Products summed over channels in float32 or wider, by a matrix product: XLA's reductions
+    over short last axes are slower."""
     product = a * b
-    return (product @ jnp.ones((product.shape[-1], 1), product.dtype))[..., 0]
+    ones = jnp.ones((product.shape[-1], 1), product.dtype)
+    wide = jnp.promote_types(product.dtype, jnp.float32)
+    return jnp.matmul(product, ones, precision="highest", preferred_element_type=wide)[..., 0]
 
 
 def _views(x: Array) -> list[Array]:
@@ -82,7 +85,7 @@ def _attend_forward(query, keys, values, takes_part):
 
 def _attend_backward(saved, gradient):
     query, keys, values, weights = saved
-    seen = [_dot(gradient, value).astype(jnp.float32) for value in _views(values)]
+    seen = [_dot(gradient, value) for value in _views(values)]
     mean = sum(weight * one for weight, one in zip(weights, seen, strict=True))
     slopes = [weight * (one - mean) for weight, one in zip(weights, seen, strict=True)]
 
@@ -97,7 +100,8 @@ def _attend_backward(saved, gradient):
         return jnp.stack(out)
 
     to_keys = to_views(slopes, query, keys.shape[-2])
-    return _mix(slopes, keys), to_keys, to_views(weights, gradient, values.shape[-2]), None
+    to_values = to_views(weights, gradient, values.shape[-2])
+    return _mix(slopes, keys).astype(query.dtype), to_keys, to_values, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

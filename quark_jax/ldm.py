@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from nvs_common import cameras, compositing, sampling
 from nvs_common.types import Array, Cameras, Render, Views
 
-# Points nearer than this to a view's camera plane are treated as not seen by it.
-MIN_VIEW_DEPTH = 1e-3
+# Points nearer to a view's camera plane than this part of the target's near are not seen by it.
+MIN_VIEW_DEPTH = 1e-2
 
 
 class Projection(NamedTuple):
@@ -28,10 +28,12 @@ class Projection(NamedTuple):
       uv: [l, y, x, 2] as a fraction of the view's width and height, so that it serves every
         resolution of the view.
       valid: [l, y, x] bool: in front of the view and inside its image.
+      front: [l, y, x] bool: in front of the view.
     """
 
     uv: Array
     valid: Array
+    front: Array
 
 
 class Logits(NamedTuple):
@@ -91,12 +93,13 @@ def project(depth: Array, target: Cameras, view: Cameras) -> Projection:
     turned = jnp.einsum("ij,yxj->yxi", view_from_target[:3, :3], rays, precision="highest")
     points = turned[None] * depth[..., None] + view_from_target[:3, 3].reshape(1, 1, 1, 3)
     uv, z = cameras.project_camera(view.intrinsics, points)
-    valid = (z > MIN_VIEW_DEPTH) & sampling.inside(uv, view.height, view.width)
+    front = z > MIN_VIEW_DEPTH * target.near
+    valid = front & sampling.inside(uv, view.height, view.width)
     size = jnp.array([view.width, view.height], uv.dtype).reshape(1, 1, 1, 2)
     # What lies behind the camera is moved out of the image: it can then neither be gathered
     # nor splatted, and its gradient is zero instead of huge.
-    uv = jnp.where((z > MIN_VIEW_DEPTH)[..., None], uv / size, -2.0)
-    return Projection(jnp.clip(uv, -2.0, 3.0), valid)
+    uv = jnp.where(front[..., None], uv / size, -2.0)
+    return Projection(jnp.clip(uv, -2.0, 3.0), valid, front)
 
 
 def back_project(features: Array, uv: Array) -> Array:
@@ -193,6 +196,7 @@ def upsample_activate(
     *,
     opaque_background: bool = False,
     unseen: Literal["black", "edge"] = "black",
+    mask_invalid: bool = True,
 ) -> Render:
     """Upsamples an LDM to the target's size, activates it and renders it (Eq. 1).
 
@@ -201,7 +205,9 @@ def upsample_activate(
       target: [] camera; its height and width are the output's.
       context: [v] full-resolution input images and cameras.
       opaque_background: make the farthest layer opaque.
-      unseen: colour of elements outside of every view: black, or the views' nearest edge.
+      unseen: colour of elements outside of every view: black, or the nearest edges of the views
+        that have them in front.
+      mask_invalid: views that do not see an element have no part in its colour.
 
     Returns:
       Render of one image [h, w, 3], its depth [h, w] and accumulated alpha [h, w]. What no
@@ -217,7 +223,8 @@ def upsample_activate(
     else:
         if full.blend is None:
             raise ValueError("the map has neither blend logits nor colours")
-        color = blended_color(depth, full.blend, target, context, unseen=unseen)
+        options = dict(unseen=unseen, mask_invalid=mask_invalid)
+        color = blended_color(depth, full.blend, target, context, **options)
     return Render(
         images=compositing.over(color, density),
         depth=compositing.expected_depth(depth, density, target.far),
@@ -232,6 +239,7 @@ def blended_color(
     context: Views,
     *,
     unseen: Literal["black", "edge"] = "black",
+    mask_invalid: bool = True,
 ) -> Array:
     """Colour of every element: the inputs at its projections, blended.
 
@@ -241,23 +249,24 @@ def blended_color(
       target: [] camera of size h x w.
       context: [v] images and cameras.
       unseen: see `upsample_activate`.
+      mask_invalid: see `upsample_activate`.
 
     Returns:
       [l, h, w, 3].
     """
-    if unseen not in ("black", "edge"):
-        raise ValueError(f"unseen is {unseen!r}; expected 'black' or 'edge'")
 
-    def view_color(image: Array, camera: Cameras) -> tuple[Array, Array]:
+    def view_color(image: Array, camera: Cameras) -> tuple[Array, Projection]:
         projection = project(depth, target, camera)
         uv = _pixels(projection.uv, image.shape[0], image.shape[1])
-        return sampling.gather(image, uv, border="edge"), projection.valid
+        return sampling.gather(image, uv, border="edge"), projection
 
-    colors, valid = jax.vmap(view_color)(context.images, context.cameras)
-    color = jnp.einsum("v...,v...c->...c", blend_weights(blend, valid), colors)
-    if unseen == "black":
-        color = color * jnp.any(valid, axis=0)[..., None]
-    return color
+    colors, seen = jax.vmap(view_color)(context.images, context.cameras)
+    usable = seen.valid
+    if unseen == "edge":
+        usable = jnp.where(jnp.any(seen.valid, axis=0)[None], seen.valid, seen.front)
+    colors = colors * usable[..., None]
+    weights = blend_weights(blend, usable if mask_invalid else jnp.ones_like(usable))
+    return jnp.einsum("v...,v...c->...c", weights, colors, precision="highest")
 
 
 def ray_difference(view: Cameras, target: Cameras) -> Array:

@@ -125,8 +125,9 @@ class Quark(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        if self.output not in ("blend", "rgb"):
-            raise ValueError(f"output is {self.output!r}; expected 'blend' or 'rgb'")
+        for name, allowed in (("output", ("blend", "rgb")), ("unseen", ("black", "edge"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
         if max(stage.level for stage in self.stages) >= len(self.encoder_blocks):
             raise ValueError("stages use more pyramid levels than encoder_blocks has")
         branches = sum(stage.blocks * (1 + stage.convs) for stage in self.stages)
@@ -200,6 +201,7 @@ class Quark(nn.Module):
                 views,
                 opaque_background=self.opaque_background,
                 unseen=self.unseen,
+                mask_invalid=self.mask_invalid,
             )
 
         rendered = jax.vmap(one)(stages[-1], flat, per_target)
@@ -247,7 +249,7 @@ class Quark(nn.Module):
 
     @property
     def _multiple(self) -> int:
-        return 2 ** max(stage.level for stage in self.stages)
+        return 2 ** (len(self.encoder_blocks) - 1)
 
     def _seed_volume(self, num_targets: int, grid: tuple[int, int]) -> Array:
         num_layers = self.layers * 2 ** sum(stage.collapse for stage in self.stages)
@@ -314,7 +316,9 @@ class Quark(nn.Module):
         blend = None
         if color is None:
             query = self.blend_query(self.blend_norm(volume))
-            blend = jnp.einsum("n...c,vn...c->nv...", query, delta).astype(jnp.float32)
+            blend = jnp.einsum(
+                "n...c,vn...c->nv...", query, delta, preferred_element_type=jnp.float32
+            )
             blend = blend * self.channels**-0.5
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
 

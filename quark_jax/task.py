@@ -15,6 +15,7 @@ from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables
 from quark_jax import model, supervision
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CHOICES = {"dtype": tuple(DTYPES), "output": ("blend", "rgb"), "unseen": ("black", "edge")}
 
 
 def make(config: ConfigDict) -> Task:
@@ -27,7 +28,10 @@ def make(config: ConfigDict) -> Task:
     l1_weight, temporal_weight = config.loss.l1_weight, config.loss.temporal_weight
     depth_weight = config.loss.depth_weight
     if depth_weight > 0 and not config.data.with_depth:
-        raise InputError("loss.depth_weight needs data.with_depth=True: the true depth of targets")
+        raise InputError(
+            "loss.depth_weight needs data.with_depth=True, the true depth of targets; photographs "
+            "have none: use the variant `photos`, as in configs/quark.py:tiny,photos"
+        )
     # Without perceptual weights, which cannot be shipped, training falls back to L1 alone.
     lpips_params = None
     if config.loss.lpips_weights and config.loss.lpips_weight > 0:
@@ -69,6 +73,9 @@ def make_module(fields: Mapping[str, Any]) -> model.Quark:
     known = set(model.Quark.__dataclass_fields__) - {"parent", "name"}
     if unknown := sorted(set(fields) - known):
         raise InputError(f"config.model has unknown fields {unknown}; known are {sorted(known)}")
+    for name, allowed in CHOICES.items():
+        if fields.get(name, allowed[0]) not in allowed:
+            raise InputError(f"config.model.{name}={fields[name]!r}: choose from {list(allowed)}")
     fields["dtype"] = DTYPES[fields.get("dtype", "float32")]
     if "stages" in fields:
         fields["stages"] = tuple(model.Stage(*row) for row in fields["stages"])

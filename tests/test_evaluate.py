@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nvs_common import evaluate, html_report, panels, perceptual, rendering
+from nvs_common.data import views
 from nvs_common.errors import InputError
 from nvs_common.types import Aux, Cameras, Render, Task
 
@@ -114,7 +115,7 @@ def test_near_and_far_come_from_the_inputs_alone():
     inputs = rendering.nearest_inputs(
         scene.cameras, scene.cameras[[8]], 4, allowed=np.array([6, 7, 9, 10]), name="s"
     )
-    bounded = rendering.bounded(scene.cameras[[8]], scene.cameras, inputs)
+    bounded = views.bounded(scene.cameras[[8]], scene.cameras, inputs)
     np.testing.assert_allclose(bounded.near, [1.06])
     np.testing.assert_allclose(bounded.far, [20.0])
 

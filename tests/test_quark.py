@@ -227,7 +227,7 @@ def test_every_parameter_has_one_sharding_row():
         module, batch = small(**changes), make_batch()
         shapes = jax.eval_shape(module.init, jax.random.key(0), batch.context, batch.target.cameras)
         specs = sharding.param_specs(shapes["params"], model.PARAM_AXES)
-        assert len(jax.tree.leaves(specs, is_leaf=lambda x: x is not None)) > 50
+        assert len(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, jax.P))) > 50
 
 
 def test_eight_devices_give_the_result_of_one():
@@ -244,6 +244,31 @@ def test_eight_devices_give_the_result_of_one():
     assert float(loss_eight) == pytest.approx(float(loss_one), rel=1e-5)
     for a, b in zip(jax.tree.leaves(grads_one), jax.tree.leaves(grads_eight), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(np.abs(a).max())))
+
+
+def test_photos_variant_needs_no_depth():
+    config = quark_config.get_config("tiny,photos")
+    config.model = config_of().model
+    batch = make_batch()
+    _, variables = apply_small()
+    loss, aux = jax.jit(task.make(config).loss)(
+        variables, batch.replace(extras={}), jax.random.key(0)
+    )
+    assert np.isfinite(loss) and "depth" not in aux.metrics
+
+
+def test_fewer_iterations_work_at_every_aspect_ratio():
+    config = quark_config.get_config("tiny,fewer_iterations")
+    assert [tuple(stage) for stage in config.model.stages] == [
+        (1, 2, 4, 1, False),
+        (1, 1, 2, 1, True),
+        (0, 1, 1, 1, True),
+    ]
+    module = task.make_module(config.model)
+    context = Views(
+        jnp.zeros((1, 2, 96, 144, 3)), make_cameras((1, 2), np.random.default_rng(0), 96, 144)
+    )
+    jax.eval_shape(module.init, jax.random.key(0), context, context.cameras[:, :1])
 
 
 def test_paper_sizes_have_the_published_schedule():
@@ -291,6 +316,9 @@ def test_temporal_loss_is_zero_for_the_photographs_themselves():
 def test_unknown_model_fields_are_named():
     with pytest.raises(InputError, match="chanels"):
         task.make_module({"chanels": 3})
+    for field, value in (("dtype", "float16"), ("output", "mesh"), ("unseen", "mirror")):
+        with pytest.raises(InputError, match=f"{field}='{value}'"):
+            task.make_module({**SMALL, field: value})
     with pytest.raises(InputError, match="with_depth"):
         config = config_of()
         config.data.with_depth = False

@@ -193,7 +193,12 @@ def _warp(context: Views, target: Cameras, depth: Array) -> tuple[Array, Array]:
 
 
 def _weighted_mean(colors: Array, weights: Array) -> Array:
-    """Mean of [v, h, w, 3] under weights [v, h, w]; zero where all weights are zero."""
+    """Mean of [v, h, w, 3] under weights [v, h, w]; the plain mean where all weights are zero.
+
+    Colours outside of an image are those of its edge, so what no view sees continues the edges
+    and does not turn black.
+    """
+    weights = jnp.where(jnp.any(weights > 0, axis=0)[None], weights, 1.0)
     total = jnp.sum(weights, axis=0)
     mean = jnp.einsum("vhwc,vhw->hwc", colors, weights, precision="highest")
     return mean / jnp.maximum(total, 1e-12)[..., None]

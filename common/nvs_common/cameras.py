@@ -22,7 +22,8 @@ def invert(rigid: Array) -> Array:
     """Inverts rigid transforms [..., 4, 4] by transposing the rotation."""
     chex.assert_shape(rigid, (..., 4, 4))
     rotation = jnp.swapaxes(rigid[..., :3, :3], -1, -2)
-    translation = -jnp.einsum("...ij,...j->...i", rotation, rigid[..., :3, 3])
+    centre = rigid[..., :3, 3]
+    translation = -jnp.einsum("...ij,...j->...i", rotation, centre, precision="highest")
     top = jnp.concatenate([rotation, translation[..., None]], axis=-1)
     return jnp.concatenate([top, rigid[..., 3:, :]], axis=-2)
 

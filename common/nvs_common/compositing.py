@@ -39,7 +39,7 @@ def over(colors: Array, alphas: Array) -> Array:
       [..., c], premultiplied by the accumulated alpha.
     """
     chex.assert_equal_shape([colors[..., 0], alphas])
-    return jnp.einsum("l...,l...c->...c", over_weights(alphas), colors)
+    return jnp.einsum("l...,l...c->...c", over_weights(alphas), colors, precision="highest")
 
 
 def accumulated(alphas: Array) -> Array:

@@ -29,7 +29,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        square = jnp.einsum("...c,...c->...", wide, wide)[..., None] / x.shape[-1]
+        total = jnp.einsum("...c,...c->...", wide, wide, precision="highest")
+        square = total[..., None] / x.shape[-1]
         inverse = jax.lax.rsqrt(square + self.epsilon)
         shape = (1,) * (x.ndim - 1) + (-1,)
         return (wide * inverse * scale.reshape(shape)).astype(self.dtype)

@@ -7,7 +7,6 @@ the inputs of each target, read each image once, run the jitted model on chunks 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +60,8 @@ def nearest_inputs(
     Raises:
       InputError: fewer than `count` cameras are allowed.
     """
+    if count < 1:
+        raise InputError(f"scene {name}: {count} inputs are asked for; ask for 1 or more.")
     if len(allowed) < count:
         raise InputError(
             f"scene {name}: {len(allowed)} of its {len(views.centers(cameras))} views may be "
@@ -69,22 +70,6 @@ def nearest_inputs(
     points = views.centers(targets)
     chosen = [views.nearest(cameras, p, count, allowed=allowed, name=name) for p in points]
     return np.stack(chosen)
-
-
-def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
-    """Targets [t] with the near and far of their inputs: the smallest and the greatest of them.
-
-    The near and far stored with a held-out view may come from its own image (from points
-    triangulated in it), which a renderer does not have: they are never used.
-
-    Args:
-      targets: [t].
-      cameras: [n] of the scene.
-      inputs: [t, v] indices into `cameras`.
-    """
-    near = np.asarray(cameras.near)[inputs].min(axis=1)
-    far = np.asarray(cameras.far)[inputs].max(axis=1)
-    return dataclasses.replace(targets, near=near, far=far)
 
 
 class ImageReader:
@@ -142,7 +127,7 @@ def render_targets(
       t results in the order of the targets.
     """
     read = ImageReader(scene) if read is None else read
-    targets = bounded(targets, scene.cameras, inputs)
+    targets = views.bounded(targets, scene.cameras, inputs)
     function = _jitted(render, _mesh(variables))
     count = len(inputs)
     for start in range(0, count, chunk):

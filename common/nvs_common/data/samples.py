@@ -106,7 +106,7 @@ class Sampler:
             if self.with_depth and not hasattr(scene, "depths"):
                 raise InputError(
                     f"data.with_depth is set, but scene {scene.source} has no depth: unset it, "
-                    "or train on the procedural world."
+                    "or train on the procedural world. With Quark: configs/quark.py:tiny,photos."
                 )
 
 
@@ -152,6 +152,8 @@ class DrawSample:
 def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:
     """Reads the chosen views of a scene, and no others.
 
+    Targets take their near and far from the context, see `views.bounded`.
+
     Returns:
       A `Batch` without the scene axis: context Views [v], target Views [t], float32, and with
       `with_depth` extras["depth"] [t, h, w] in z.
@@ -159,7 +161,13 @@ def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> B
     extras = {}
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
-    return Batch(_views(scene, choice.context), _views(scene, choice.target), extras)
+    target = _views(scene, choice.target)
+    # As in evaluation and rendering, where a target's own range is not known.
+    inputs = np.tile(choice.context, (len(choice.target), 1))
+    bounded = views.bounded(target.cameras, scene.cameras, inputs)
+    near, far = bounded.near.astype(np.float32), bounded.far.astype(np.float32)
+    target = target.replace(cameras=target.cameras.replace(near=near, far=far))
+    return Batch(_views(scene, choice.context), target, extras)
 
 
 def stack(samples: Sequence[Batch]) -> Batch:

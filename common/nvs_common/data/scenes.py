@@ -116,6 +116,9 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
     the poses to a pixel, triangulates, and takes robust percentiles as for sparse points. About
     40 ms a pair at 512 x 288. Where too little matches the scene is returned as it was.
 
+    Like sparse points of a reconstruction, which come from all photographs, the matches include
+    views that an evaluation holds out: their corners may move a near or far plane, nothing else.
+
     Args:
       scene: any.
       pairs: how many pairs of images to look at.

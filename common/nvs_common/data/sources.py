@@ -134,21 +134,28 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     parts = []
     for name, _ in named:
         if name == "procedural":
-            parts.append(
-                procedural.World(
-                    seed=seed,
-                    num_scenes=num_scenes,
-                    height=config.data.height,
-                    width=config.data.width,
-                    num_views=config.data.views_per_scene,
-                )
-            )
+            parts.append(world(config, seed, num_scenes))
         else:
             size = (config.data.height, config.data.width)
             parts.append(load_folder(name, size=size, max_bad=max_bad))
     if len(parts) == 1:
         return parts[0]
     return Mixture(tuple(parts), tuple(weight for _, weight in named))
+
+
+def world(
+    config, seed: int, num_scenes: int, size: tuple[int, int] | None = None
+) -> procedural.World:
+    """The procedural world of a config: its views a scene, baselines and, by default, size."""
+    height, width = size or (config.data.height, config.data.width)
+    return procedural.World(
+        seed=seed,
+        num_scenes=num_scenes,
+        height=height,
+        width=width,
+        num_views=config.data.views_per_scene,
+        baseline=tuple(config.data.get("baseline", procedural.World.baseline)),
+    )
 
 
 def load_folder(

@@ -99,6 +99,22 @@ def nearest_random(
     return Choice(drawn[num_target - 1 :][:num_context], target)
 
 
+def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
+    """Targets [t] with the near and far of their inputs: the smallest and the greatest of them.
+
+    The near and far stored with a held-out view may come from its own image (from points
+    triangulated in it), which a renderer does not have: they are never used.
+
+    Args:
+      targets: [t].
+      cameras: [n] of the scene.
+      inputs: [t, v] indices into `cameras`.
+    """
+    near = np.asarray(cameras.near)[inputs].min(axis=1)
+    far = np.asarray(cameras.far)[inputs].max(axis=1)
+    return dataclasses.replace(targets, near=near, far=far)
+
+
 def window(
     num_views: int,
     rng: np.random.Generator,
