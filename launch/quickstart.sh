@@ -14,7 +14,8 @@ if command -v nvidia-smi >/dev/null && ! "$PYTHON" -m pip show --quiet jax-cuda1
 fi
 
 echo "1/3 Training a tiny Quark on procedural rooms ..."
-"$PYTHON" launch/train.py --config=configs/quark.py:tiny --workdir="$run" "$@"
+"$PYTHON" launch/train.py --config=configs/quark.py:tiny --workdir="$run" \
+  --config.stop_after_minutes=8 "$@"
 echo "2/3 Evaluating on rooms it has not seen ..."
 "$PYTHON" launch/evaluate.py --workdir="$run"
 echo "3/3 Rendering a camera path through one of them ..."

@@ -290,7 +290,7 @@ def test_true_depth_has_the_least_depth_loss():
     """One surface in each of two layers; the map that knows them beats its neighbours."""
     near, far = jnp.float32(1.0), jnp.float32(4.0)
     anchors = ldm.depths(jnp.zeros((2, 8, 8)), near, far)
-    left = jnp.arange(8).reshape(1, 8) < 4
+    left = jnp.broadcast_to(jnp.arange(8).reshape(1, 8) < 4, (8, 8))
     depth = jnp.where(left, anchors[0], anchors[1])
     density = jnp.stack([jnp.full((8, 8), 6.0), jnp.where(left, -6.0, 6.0)])
     right_map = ldm.Logits(jnp.zeros((2, 8, 8)), density)
