@@ -120,7 +120,9 @@ def test_one_view_and_unseen_planes_give_finite_images(two_planes):
                 baselines.single_plane(views, camera, truth),
             ):
                 assert np.isfinite(image).all()
-    assert (np.asarray(baselines.plane_sweep(context, away)) == 0).all()
+    # What no view sees continues the views' edges.
+    unseen = np.asarray(baselines.plane_sweep(context, away))
+    assert np.isfinite(unseen).all() and unseen.min() >= 0 and unseen.max() > 0
 
 
 def test_box_is_the_mean_over_the_window_inside_the_image():

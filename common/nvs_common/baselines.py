@@ -84,7 +84,7 @@ def single_plane(context: Views, target: Cameras, truth: Array) -> Array:
       truth: [h, w, 3] the target's image.
 
     Returns:
-      [h, w, 3]; black where no input sees the plane.
+      [h, w, 3]; the inputs' edges continue where no input sees the plane.
     """
     _check(context, target)
     chex.assert_shape(truth, (target.height, target.width, 3))
@@ -112,7 +112,7 @@ def plane_sweep(context: Views, target: Cameras, settings: SweepSettings = DEFAU
       settings: see `SweepSettings`.
 
     Returns:
-      [h, w, 3]; black where no input sees any plane.
+      [h, w, 3]; the inputs' edges continue where no input sees any plane.
     """
     _check(context, target)
     return _plane_sweep(context, target, settings)
