@@ -6,6 +6,8 @@ Variants follow the size after commas: `tiny,photos` trains on photographs, wher
 known; `tiny,no_ray_encoding` is an ablation of the paper's Tab. 4 (ABLATIONS lists them).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 # (level, blocks, heads, convs, collapse): the initialisation, then update and fuse 0 to 4.
@@ -26,7 +28,7 @@ TINY_STAGES = (
 )
 
 
-def get_config(arg: str = "tiny") -> ConfigDict:
+def get_config(arg: str = "tiny") -> Any:
     """Builds a configuration from a size and, after commas, ablations."""
     size, *ablations = arg.split(",")
     config = {"tiny": _tiny, "quark": _quark, "quark_plus": _quark_plus}[size]()
@@ -35,7 +37,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     return config
 
 
-def _base() -> ConfigDict:
+def _base() -> Any:
     """Everything the sizes share. Optimiser, schedule, batch and view choice are the paper's; its
     data sets, half-resolution phase and random crops are not."""
     return ConfigDict(
@@ -115,18 +117,18 @@ def _base() -> ConfigDict:
     )
 
 
-def _quark() -> ConfigDict:
+def _quark() -> Any:
     return _base()
 
 
-def _quark_plus() -> ConfigDict:
+def _quark_plus() -> Any:
     config = _base()
     config.model.update(grid_area=432 * 768, layers=8)
     config.data.update(height=432, width=768)
     return config
 
 
-def _tiny() -> ConfigDict:
+def _tiny() -> Any:
     """Learns in minutes on two CPU cores."""
     config = _base()
     config.update(num_steps=1_400, batch_size=1, log_every=50, eval_every=350)
@@ -146,13 +148,13 @@ def _tiny() -> ConfigDict:
     return config
 
 
-def _photos(config: ConfigDict) -> None:
+def _photos(config: Any) -> None:
     """For scenes without true depth: name them with --config.data.source=PATH."""
     config.data.with_depth = False
     config.loss.depth_weight = 0.0
 
 
-def _fewer_iterations(config: ConfigDict) -> None:
+def _fewer_iterations(config: Any) -> None:
     """Drops the updates up to the first rise in resolution and starts there (Tab. 4)."""
     first, *rest = config.model.stages
     while rest[0][0] == first[0]:
@@ -160,7 +162,7 @@ def _fewer_iterations(config: ConfigDict) -> None:
     config.model.stages = ((rest[0][0], *first[1:]), *rest[1:])
 
 
-def _no_collapse(config: ConfigDict) -> None:
+def _no_collapse(config: Any) -> None:
     stages = config.model.stages
     config.model.layers *= 2 ** sum(stage[4] for stage in stages)
     config.model.stages = tuple((*stage[:4], False) for stage in stages)

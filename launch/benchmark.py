@@ -52,7 +52,7 @@ def main(argv) -> None:
 
 def quark() -> list[str]:
     """Stages of a forward pass of one scene and one target, and the training loop."""
-    config = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
+    config: Any = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
     height, width = _size(config)
     views = _VIEWS.value or config.data.num_context
     module = quark_task.make_module(config.model)
@@ -67,7 +67,8 @@ def quark() -> list[str]:
             features = module.apply(variables, context, method="encode")
             if stage < 0:
                 return features
-            rendered, stages = module.apply(variables, context, targets, method="render_stages")
+            output: Any = module.apply(variables, context, targets, method="render_stages")
+            rendered, stages = output
             # A stage is judged by its density; the last by all logits, then by the picture.
             return stages[stage] if stage < len(stages) else rendered
 

@@ -59,10 +59,10 @@ def _change(config: Any, text: str) -> None:
     """Sets one field of the config to the value of "FIELD=VALUE", of the type it has."""
     name, equals, value = text.partition("=")
     *path, last = name.split(".")
-    section = config
+    section: Any = config
     for part in path:
-        section = section.get(part, None) if hasattr(section, "get") else None
-    if not equals or not hasattr(section, "get") or last not in section:
+        section = section.get(part, None) if hasattr(section, "get") else {}
+    if not equals or not hasattr(section, "get") or last not in section.keys():
         raise InputError(f"--set={text}: expected FIELD=VALUE with a field of the run's config.")
     try:
         # JSON has the numbers, booleans and lists; all else is text.

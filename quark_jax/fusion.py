@@ -95,7 +95,8 @@ def _attend_backward(saved, gradient):
         for scalar in per_view:
             scaled = scalar.astype(element.dtype)[..., None] * element
             if heads == 1:
-                scaled = sum(jnp.unstack(scaled, axis=-2))[..., None, :]
+                first, *rest = jnp.unstack(scaled, axis=-2)
+                scaled = sum(rest, first)[..., None, :]
             out.append(scaled)
         return jnp.stack(out)
 

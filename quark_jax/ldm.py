@@ -223,8 +223,9 @@ def upsample_activate(
     else:
         if full.blend is None:
             raise ValueError("the map has neither blend logits nor colours")
-        options = dict(unseen=unseen, mask_invalid=mask_invalid)
-        color = blended_color(depth, full.blend, target, context, **options)
+        color = blended_color(
+            depth, full.blend, target, context, unseen=unseen, mask_invalid=mask_invalid
+        )
     return Render(
         images=compositing.over(color, density),
         depth=compositing.expected_depth(depth, density, target.far),
@@ -313,7 +314,8 @@ def grid_size(height: int, width: int, area: int, multiple: int) -> tuple[int, i
     """
     rows = (area * height / width) ** 0.5
     columns = area / rows
-    return tuple(max(1, round(side / multiple)) * multiple for side in (rows, columns))
+    y, x = (max(1, round(side / multiple)) * multiple for side in (rows, columns))
+    return y, x
 
 
 def _pixels(uv: Array, height: int, width: int) -> Array:

@@ -152,10 +152,11 @@ class Quark(nn.Module):
             )
             for stage in self.stages
         ]
-        self.collapses = [
-            fusion.LayerCollapse(scale, self.dtype) if stage.collapse else None
-            for stage in self.stages
-        ]
+        self.collapses = {
+            str(index): fusion.LayerCollapse(scale, self.dtype)
+            for index, stage in enumerate(self.stages)
+            if stage.collapse
+        }
         self.decoders = [
             fusion.Decode(self.appearance_channels, self.density_bias) for _ in self.stages[1:]
         ]
@@ -224,17 +225,18 @@ class Quark(nn.Module):
         repeats = targets.near.shape[0] // features[0].shape[0]
         finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
         rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
-        volume, delta, stages = None, None, []
+        stages: list[ldm.Logits] = []
+        volume = self._seed_volume(
+            len(targets.near), tuple(n >> self.stages[0].level for n in finest)
+        )
+        depth_logits, seen, delta = jnp.zeros(volume.shape[:-1]), None, None
         for index, stage in enumerate(self.stages):
             grid = tuple(side >> stage.level for side in finest)
             level = repeat(features[stage.level], "b v ... -> (b t) v ...", t=repeats)
             ray = rays[str(stage.level)] if self.ray_encoding else None
-            if index == 0:
-                volume = self._seed_volume(len(targets.near), grid)
-                depth_logits, seen = jnp.zeros(volume.shape[:-1]), None
-            else:
+            if index > 0:
                 if stage.collapse:
-                    volume = self.collapses[index](volume)
+                    volume = self.collapses[str(index)](volume)
                 decode = self.decoders[index - 1]
                 size = features[self.stages[index - 1].level].shape[-3:-1]
                 decoded = decode(volume)
@@ -245,19 +247,20 @@ class Quark(nn.Module):
             update = self.updates[index](_inputs(seen, level, ray, self.dtype))
             delta, valid = self._back_project(update, depth_logits, views, targets)
             volume = self.fused[index](volume, delta, valid)
+        assert delta is not None  # there is at least one stage
         return [*stages, self._logits(volume, delta)]
 
     @property
     def _multiple(self) -> int:
         return 2 ** (len(self.encoder_blocks) - 1)
 
-    def _seed_volume(self, num_targets: int, grid: tuple[int, int]) -> Array:
+    def _seed_volume(self, num_targets: int, grid: tuple[int, ...]) -> Array:
         num_layers = self.layers * 2 ** sum(stage.collapse for stage in self.stages)
         shape = (num_targets, num_layers, *grid, self.channels)
         return jnp.broadcast_to(self.seed.reshape(1, 1, 1, 1, -1), shape).astype(self.dtype)
 
     def _ray_features(
-        self, views: Cameras, targets: Cameras, coarsest: tuple[int, int]
+        self, views: Cameras, targets: Cameras, coarsest: tuple[int, ...]
     ) -> dict[str, Array]:
         """Ray encodings [n, v, y, x, c] of each level, on the coarsest level's grid."""
         if not self.ray_encoding:
@@ -273,7 +276,7 @@ class Quark(nn.Module):
         decoded: dict[str, Array],
         views: Cameras,
         targets: Cameras,
-        size: tuple[int, int],
+        size: tuple[int, ...],
     ) -> Array:
         """What the current map looks like from each input, [n, v, *size, appearance]."""
         appearance, density = decoded["appearance"], nn.sigmoid(decoded["density"])

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from nvs_common import losses, metrics, perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
-from quark_jax import model, supervision
+from quark_jax import ldm, model, supervision
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CHOICES = {"dtype": tuple(DTYPES), "output": ("blend", "rgb"), "unseen": ("black", "edge")}
 
 
-def make(config: ConfigDict) -> Task:
+def make(config: Any) -> Task:
     """Builds the task from `configs/quark.py`'s fields `model` and `loss`.
+
+    Args:
+      config: a ConfigDict, or anything with its fields as attributes.
 
     Raises:
       InputError: an unknown field of `config.model`, or a perceptual weight without weights.
@@ -41,12 +43,15 @@ def make(config: ConfigDict) -> Task:
         return module.init(key, batch.context, batch.target.cameras)
 
     def render(variables: Variables, context: Views, targets: Cameras) -> Render:
-        return module.apply(variables, context, targets)
+        return cast(Render, module.apply(variables, context, targets))
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key  # nothing in Quark's loss is random
         targets = batch.target.cameras
-        rendered, stages = module.apply(variables, batch.context, targets, method="render_stages")
+        rendered, stages = cast(
+            tuple[Render, list[ldm.Logits]],
+            module.apply(variables, batch.context, targets, method="render_stages"),
+        )
         truth = jnp.asarray(batch.target.images, jnp.float32)
         l1 = losses.l1(rendered.images, truth)
         values = {"l1": l1, "psnr": jnp.mean(metrics.psnr(rendered.images, truth))}

@@ -8,6 +8,8 @@ stands for any extra axes.
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax.numpy as jnp
 
@@ -170,7 +172,7 @@ def resize(cameras: Cameras, height: int, width: int) -> Cameras:
     scale = jnp.array(factor * 2, jnp.float32)
     intrinsics = jnp.asarray(cameras.intrinsics, jnp.float32)
     scale = scale.reshape((1,) * (intrinsics.ndim - 1) + (4,))
-    return cameras.replace(intrinsics=intrinsics * scale, height=height, width=width)
+    return dataclasses.replace(cameras, intrinsics=intrinsics * scale, height=height, width=width)
 
 
 def crop(cameras: Cameras, top: Array | int, left: Array | int, height: int, width: int) -> Cameras:
@@ -179,7 +181,7 @@ def crop(cameras: Cameras, top: Array | int, left: Array | int, height: int, wid
     shift = jnp.stack([zero, zero, jnp.asarray(left, jnp.float32), jnp.asarray(top, jnp.float32)])
     intrinsics = jnp.asarray(cameras.intrinsics, jnp.float32)
     shift = shift.reshape((1,) * (intrinsics.ndim - 1) + (4,))
-    return cameras.replace(intrinsics=intrinsics - shift, height=height, width=width)
+    return dataclasses.replace(cameras, intrinsics=intrinsics - shift, height=height, width=width)
 
 
 def interpolate(world_from_cam: Array, fraction: Array) -> Array:

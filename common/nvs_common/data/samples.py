@@ -166,7 +166,8 @@ def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> B
     inputs = np.tile(choice.context, (len(choice.target), 1))
     bounded = views.bounded(target.cameras, scene.cameras, inputs)
     near, far = bounded.near.astype(np.float32), bounded.far.astype(np.float32)
-    target = target.replace(cameras=target.cameras.replace(near=near, far=far))
+    cameras = dataclasses.replace(target.cameras, near=near, far=far)
+    target = dataclasses.replace(target, cameras=cameras)
     return Batch(_views(scene, choice.context), target, extras)
 
 
