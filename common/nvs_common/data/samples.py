@@ -161,14 +161,14 @@ def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> B
     extras = {}
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
-    target = _views(scene, choice.target)
+    context, target = _views(scene, choice.context), _views(scene, choice.target)
     # As in evaluation and rendering, where a target's own range is not known.
     inputs = np.tile(choice.context, (len(choice.target), 1))
     bounded = views.bounded(target.cameras, scene.cameras, inputs)
     near, far = bounded.near.astype(np.float32), bounded.far.astype(np.float32)
     cameras = dataclasses.replace(target.cameras, near=near, far=far)
     target = dataclasses.replace(target, cameras=cameras)
-    return Batch(_views(scene, choice.context), target, extras)
+    return Batch(context, target, extras)
 
 
 def stack(samples: Sequence[Batch]) -> Batch:
