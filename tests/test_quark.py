@@ -93,15 +93,15 @@ def test_folded_attention_equals_standard_attention(x64):
     np.testing.assert_allclose(folded, standard, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_attention_gradient_is_the_one_of_plain_attention(x64, shared):
+@pytest.mark.parametrize("one_for_all_heads", [True, False])
+def test_attention_gradient_is_the_one_of_plain_attention(x64, one_for_all_heads):
     rng = np.random.default_rng(3)
-    shape = (3, 6, 4) if shared else (3, 6, 2, 4)
+    shape = (3, 6, 4) if one_for_all_heads else (3, 6, 2, 4)
     query, keys, values = (jnp.asarray(rng.normal(size=s)) for s in ((6, 2, 4), shape, shape))
     valid = jnp.asarray(rng.uniform(size=(3, 6)) > 0.4).at[:, 0].set(False)
 
     def plain(query, keys, values):
-        heads = "" if shared else "a"
+        heads = "" if one_for_all_heads else "a"
         logits = jnp.einsum(f"naf,vn{heads}f->vna", query, keys) * 0.5
         logits = jnp.where(fusion.masked(valid)[..., None], logits, -1e9)
         weights = jax.nn.softmax(logits, axis=0)

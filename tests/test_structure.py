@@ -129,7 +129,7 @@ def test_data_imports_nothing_that_may_start_jax():
 def test_configs_import_only_ml_collections():
     for name in OUR_MODULES:
         if within(name, ["configs"]):
-            assert imports(name) <= {"ml_collections", "__future__"}, name
+            assert imports(name) <= {"ml_collections", "typing", "__future__"}, name
 
 
 def test_functions_of_our_own_are_called_through_their_module():
