@@ -18,7 +18,7 @@ echo "1/3 Training a tiny Quark on procedural rooms ..."
   --config.stop_after_minutes=8 "$@"
 echo "2/3 Evaluating on rooms it has not seen ..."
 "$PYTHON" launch/evaluate.py --workdir="$run"
-echo "3/3 Rendering a camera path through one of them ..."
+echo "3/3 Rendering a camera path through another room ..."
 "$PYTHON" launch/render.py --workdir="$run" --scene=procedural:7 --path=spiral --out="$run/video.mp4"
 
 report="$(find "$run" -name report.html -print | sort | tail -n 1)"
