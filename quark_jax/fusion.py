@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvs_common import layers
+from nvs_common import layers, photoconsistency
 from nvs_common.types import Array
+from quark_jax import prior
 
 
 def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float) -> Array:
@@ -222,18 +223,36 @@ class UpdateNetwork(nn.Module):
         return x
 
 
+class BlendPrior(nn.Module):
+    """Blend logits from `prior.BlendCues`; how much each cue counts is learned."""
+
+    @nn.compact
+    def __call__(self, cues: prior.BlendCues) -> Array:
+        """Maps cues with leading [n] to [n, v, l, y, x]."""
+
+        start = nn.initializers.constant(jnp.array([1.0, 1.0, 0.3]))
+        remote, hidden, differs = self.param("scale", start, (3,), jnp.float32)
+        against = remote / photoconsistency.FALLOFF * cues.remote[..., None, None, None]
+        # Scaled so that a step of the optimiser changes it about as much as the others.
+        return -(against + 10 * hidden * cues.hidden + differs * cues.differs)
+
+
 class Decode(nn.Module):
     """Reads depth and density logits, and appearance, off the volume.
 
-    Depth starts at the layers' anchors (zero weights); density starts at sigmoid(bias).
+    Depth starts at the layers' anchors (zero weights) and density at sigmoid(bias), or, where
+    there is a prior, at the prior's.
     """
 
     appearance_channels: int = 0
     density_bias: float = -2.0
 
     @nn.compact
-    def __call__(self, volume: Array) -> dict[str, Array]:
-        """Maps [n, l, y, x, c] to float32 {"depth", "density" [n, l, y, x], "appearance"}."""
+    def __call__(self, volume: Array, features: Array | None = None) -> dict[str, Array]:
+        """Maps [n, l, y, x, c] to float32 {"depth", "density" [n, l, y, x], "appearance"}.
+
+        `features` [n, l, y, x, f] are `prior.layer_features`.
+        """
         volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
         zeros = nn.initializers.zeros_init()
         bias = nn.initializers.constant(self.density_bias)
@@ -241,7 +260,21 @@ class Decode(nn.Module):
             "depth": nn.Dense(1, kernel_init=zeros, name="depth")(volume)[..., 0],
             "density": nn.Dense(1, bias_init=bias, name="density")(volume)[..., 0],
         }
+        if features is not None:
+            for name, index in (("depth", prior.DEPTH), ("density", prior.DENSITY)):
+                start = nn.Dense(1, False, kernel_init=_pick(index), name=f"prior_{name}")
+                out[name] += start(features)[..., 0]
         if self.appearance_channels:
             appearance = nn.Dense(self.appearance_channels, name="appearance")(volume)
             out["appearance"] = nn.sigmoid(appearance)
         return out
+
+
+def _pick(index: int) -> nn.initializers.Initializer:
+    """Initial kernel that takes one of the features as it is."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        del key
+        return jnp.zeros(shape, dtype).at[index].set(1)
+
+    return init

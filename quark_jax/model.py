@@ -7,6 +7,7 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from einops import rearrange, repeat
 from nvs_common import cameras, layers
 from nvs_common.types import Array, Cameras, Render, Views
 from quark_jax import encoder, fusion, ldm
+from quark_jax import prior as sweep_prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Quark(nn.Module):
       unseen: colour of what no input sees, "black" or the inputs' nearest "edge" (not published).
       query_scale: initial scale of the attention's queries; small ones start as a mean over the
         views (not published).
+      sweep_planes: planes of a sweep that the network starts from, a multiple of its layers, see
+        `prior`; 0 is the paper.
       dtype: compute type of the network; geometry and compositing are float32.
     """
 
@@ -122,6 +126,7 @@ class Quark(nn.Module):
     opaque_background: bool = False
     unseen: Literal["black", "edge"] = "black"
     query_scale: float = 0.1
+    sweep_planes: int = 0
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -161,11 +166,15 @@ class Quark(nn.Module):
             fusion.Decode(self.appearance_channels, self.density_bias) for _ in self.stages[1:]
         ]
         self.final_decoder = fusion.Decode(0, self.density_bias)
+        if self.sweep_planes:
+            self.priors = [nn.Dense(self.channels, dtype=self.dtype) for _ in self.stages]
         if self.output == "rgb":
             self.color = nn.Dense(3)
         else:
             self.blend_query = nn.Dense(self.channels, use_bias=False, dtype=self.dtype)
             self.blend_norm = layers.RMSNorm(dtype=self.dtype)
+            if self.sweep_planes:
+                self.blend_prior = fusion.BlendPrior()
 
     def __call__(self, context: Views, targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3]."""
@@ -193,7 +202,7 @@ class Quark(nn.Module):
         flat = _as_float32(flat)
         per_target = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), context)
         per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
-        stages = self.solve(per_target.cameras, features, flat)
+        stages = self.solve(per_target, features, flat)
 
         def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
             return ldm.upsample_activate(
@@ -209,11 +218,11 @@ class Quark(nn.Module):
         unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets)  # noqa: E731
         return jax.tree.map(unflatten, rendered), stages
 
-    def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
+    def solve(self, context: Views, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
         """Solves one layered depth map for each target.
 
         Args:
-          views: [n, v] input cameras of each target.
+          context: [n, v] inputs of each target; images are read with `sweep_planes` only.
           features: pyramid levels [b, v, y, x, c]; n is a multiple of b, targets of one scene
             side by side.
           targets: [n].
@@ -223,12 +232,14 @@ class Quark(nn.Module):
           has blend logits.
         """
         repeats = targets.near.shape[0] // features[0].shape[0]
+        views = context.cameras
         finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
         rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
         stages: list[ldm.Logits] = []
         volume = self._seed_volume(
             len(targets.near), tuple(n >> self.stages[0].level for n in finest)
         )
+        sweep = _Sweep(context, targets, finest, self.sweep_planes) if self.sweep_planes else None
         depth_logits, seen, delta = jnp.zeros(volume.shape[:-1]), None, None
         for index, stage in enumerate(self.stages):
             grid = tuple(side >> stage.level for side in finest)
@@ -239,16 +250,18 @@ class Quark(nn.Module):
                     volume = self.collapses[str(index)](volume)
                 decode = self.decoders[index - 1]
                 size = features[self.stages[index - 1].level].shape[-3:-1]
-                decoded = decode(volume)
+                decoded = decode(volume, _features(sweep, volume))
                 stages.append(ldm.Logits(decoded["depth"], decoded["density"]))
                 seen = self._render_to_views(decoded, views, targets, size)
                 volume = ldm.resize(volume, *grid)
-                depth_logits = decode(volume)["depth"]
+                depth_logits = decode(volume, _features(sweep, volume))["depth"]
+            if sweep is not None:
+                volume = volume + self.priors[index](sweep.features(volume).astype(self.dtype))
             update = self.updates[index](_inputs(seen, level, ray, self.dtype))
             delta, valid = self._back_project(update, depth_logits, views, targets)
             volume = self.fused[index](volume, delta, valid)
         assert delta is not None  # there is at least one stage
-        return [*stages, self._logits(volume, delta)]
+        return [*stages, self._logits(volume, delta, sweep)]
 
     @property
     def _multiple(self) -> int:
@@ -312,9 +325,9 @@ class Quark(nn.Module):
         delta, valid = jax.lax.map(jax.checkpoint(view), by_view)
         return delta, valid if self.mask_invalid else jnp.ones_like(valid)
 
-    def _logits(self, volume: Array, delta: Array) -> ldm.Logits:
+    def _logits(self, volume: Array, delta: Array, sweep: _Sweep | None) -> ldm.Logits:
         """Reads the finished map off the volume (Sec. 3.2.3)."""
-        decoded = self.final_decoder(volume)
+        decoded = self.final_decoder(volume, _features(sweep, volume))
         color = self.color(volume.astype(jnp.float32)) if self.output == "rgb" else None
         blend = None
         if color is None:
@@ -323,7 +336,39 @@ class Quark(nn.Module):
                 "n...c,vn...c->nv...", query, delta, preferred_element_type=jnp.float32
             )
             blend = blend * self.channels**-0.5
+            if sweep is not None:
+                blend = blend + self.blend_prior(sweep.cues(decoded))
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
+
+
+class _Sweep:
+    """The sweep of every target and what stages read of it; no gradient passes through it."""
+
+    def __init__(self, context: Views, targets: Cameras, size: tuple[int, int], planes: int):
+        self._targets = cameras.resize(targets, *size)
+        images = ldm.resize(context.images.astype(jnp.float32), *size)
+        self._context = Views(images, cameras.resize(context.cameras, *size))
+        one = functools.partial(sweep_prior.sweep_costs, planes=planes)
+        self._costs = jax.vmap(one)(self._context, self._targets)
+
+    def features(self, volume: Array) -> Array:
+        """Features [n, l, y, x, f] on the grid and in the layers of a volume [n, l, y, x, c]."""
+        _, num_layers, height, width, _ = volume.shape
+        one = functools.partial(sweep_prior.layer_features, num_layers=num_layers)
+        features = ldm.resize(jax.vmap(one)(self._costs), height, width)
+        return jax.lax.stop_gradient(features)
+
+    def cues(self, decoded: dict[str, Array]) -> sweep_prior.BlendCues:
+        """Leading axis n; of a map on the finest grid."""
+        density = nn.sigmoid(decoded["density"])
+        cues = jax.vmap(sweep_prior.blend_cues)(
+            decoded["depth"], density, self._targets, self._context
+        )
+        return jax.lax.stop_gradient(cues)
+
+
+def _features(sweep: _Sweep | None, volume: Array) -> Array | None:
+    return None if sweep is None else sweep.features(volume)
 
 
 def _inputs(seen: Array | None, level: Array, ray: Array | None, dtype: Any) -> Array:
@@ -349,5 +394,6 @@ PARAM_AXES = {
     r".*(stem|conv_in|conv_out)/kernel": (None, None, None, None),
     r".*(head|dense_in|dense_out|depth|density|appearance)/kernel": (None, None),
     # Of `blend_query` and `color` a model has one; the ray encoding may be left out with either.
-    r"(blend_query|color|ray_projections_\d)/kernel": (None, None),
+    # So may the prior's.
+    r"(blend_query|color|(ray_projections|priors)_\d)/kernel": (None, None),
 }

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from nvs_common import baselines, metrics
+from nvs_common import baselines, metrics, photoconsistency
 from nvs_common.types import Cameras, Views
 
 SIZE = (32, 40)
@@ -127,7 +127,7 @@ def test_one_view_and_unseen_planes_give_finite_images(two_planes):
 
 def test_box_is_the_mean_over_the_window_inside_the_image():
     x = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
-    actual = jax.jit(lambda a: baselines._box(a, 3))(x)
+    actual = jax.jit(lambda a: photoconsistency.box(a, 3))(x)
     for row in range(7):
         for column in range(5):
             window = x[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]

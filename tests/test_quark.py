@@ -260,8 +260,7 @@ def test_photos_variant_needs_no_depth():
 def test_fewer_iterations_work_at_every_aspect_ratio():
     config = quark_config.get_config("tiny,fewer_iterations")
     assert [tuple(stage) for stage in config.model.stages] == [
-        (1, 2, 4, 1, False),
-        (1, 1, 2, 1, True),
+        (0, 2, 2, 1, False),
         (0, 1, 1, 1, True),
     ]
     module = task.make_module(config.model)

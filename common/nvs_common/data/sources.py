@@ -134,7 +134,7 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     parts = []
     for name, _ in named:
         if name == "procedural":
-            parts.append(world(config, seed, num_scenes))
+            parts.append(world(config, seed, num_scenes, augment=seed != HELD_OUT_SEED))
         else:
             size = (config.data.height, config.data.width)
             parts.append(load_folder(name, size=size, max_bad=max_bad))
@@ -144,10 +144,19 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
 
 
 def world(
-    config, seed: int, num_scenes: int, size: tuple[int, int] | None = None
+    config,
+    seed: int,
+    num_scenes: int,
+    size: tuple[int, int] | None = None,
+    *,
+    augment: bool = False,
 ) -> procedural.World:
-    """The procedural world of a config: its views a scene, baselines and, by default, size."""
+    """The procedural world of a config: its views a scene, baselines and, by default, size.
+
+    With `augment`, which training asks for, also the config's sensor noise and exposure jitter.
+    """
     height, width = size or (config.data.height, config.data.width)
+    names = ("noise", "exposure_jitter") if augment else ()
     return procedural.World(
         seed=seed,
         num_scenes=num_scenes,
@@ -155,6 +164,7 @@ def world(
         width=width,
         num_views=config.data.views_per_scene,
         baseline=tuple(config.data.get("baseline", procedural.World.baseline)),
+        **{name: config.data.get(name, 0.0) for name in names},
     )
 
 

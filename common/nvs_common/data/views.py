@@ -100,7 +100,12 @@ def nearest_random(
 
 
 def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
-    """Targets [t] with the near and far of their inputs: the smallest and the greatest of them.
+    """Targets [t] with a near and far made of those of their inputs.
+
+    The near is the geometric mean of the inputs' nears, weighted by the inverse square of their
+    distance, the far the greatest of all: one input that has walked up to a wall does not spend
+    most of the disparity range on what the target does not see, and the range changes smoothly
+    along a path.
 
     The near and far stored with a held-out view may come from its own image (from points
     triangulated in it), which a renderer does not have: they are never used.
@@ -110,7 +115,14 @@ def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
       cameras: [n] of the scene.
       inputs: [t, v] indices into `cameras`.
     """
-    near = np.asarray(cameras.near)[inputs].min(axis=1)
+    centers = np.asarray(cameras.world_from_cam)[inputs][..., :3, 3]
+    offset = centers - np.asarray(targets.world_from_cam)[:, None, :3, 3]
+    distance = np.linalg.norm(offset, axis=-1)
+    # An input at the target's centre decides alone, and where all are there, all count alike.
+    scale = np.maximum(distance.max(axis=1, keepdims=True), 1e-12)
+    weights = 1 / np.maximum(distance / scale, 1e-6) ** 2
+    logs = np.log(np.asarray(cameras.near)[inputs])
+    near = np.exp(np.sum(weights * logs, axis=1) / np.sum(weights, axis=1))
     far = np.asarray(cameras.far)[inputs].max(axis=1)
     return dataclasses.replace(targets, near=near, far=far)
 

@@ -1,0 +1,151 @@
+"""Photo-consistency as a starting point of the network (not in the paper).
+
+Quark learns from pictures alone what makes views agree, over 600,000 steps. With
+`Quark.sweep_planes` a plane sweep of the inputs' colours tells it from the first step where they
+agree: every stage reads what the sweep found in its layers, depth and density start at the
+sweep's, and blending starts at close views whose line of sight is free. The network learns what to
+change. Nothing here is trained, and no gradient passes.
+
+Functions take one target and its context [v], as in `ldm`. Dimension key: k planes, w windows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nvs_common import cameras, photoconsistency
+from nvs_common.types import Array, Cameras, Views
+from quark_jax import ldm
+
+# Sides of the windows over which costs are averaged, in elements of the map, and temperatures of
+# the soft-min over planes: wide windows average noise away and afford a sharper one.
+WINDOWS = ((7, 1e-4), (3, 3e-4), (13, 3e-5))
+# Per window; the first two are what depth and density start at, from the first window.
+FEATURES_PER_WINDOW = 6
+DEPTH, DENSITY = 0, 1
+NUM_FEATURES = FEATURES_PER_WINDOW * len(WINDOWS)
+# An element is hidden from a view where the map itself is nearer to it by more than this part of
+# the disparity range.
+SHADOW_MARGIN = 0.01
+# Squared colour difference at which a view stops to agree with the others.
+AGREEMENT_SCALE = 0.1 * photoconsistency.TRUNCATION
+
+
+class BlendCues(NamedTuple):
+    """What speaks against a view in the blend; all zero for the nearest, unobstructed one.
+
+    Attributes:
+      remote: [v] see `photoconsistency.remoteness`.
+      hidden: [v, l, y, x] how far, in parts of the disparity range, the map covers an element.
+      differs: [v, l, y, x] log1p of the squared, scaled difference from the views' robust mean.
+    """
+
+    remote: Array
+    hidden: Array
+    differs: Array
+
+
+def sweep_costs(context: Views, target: Cameras, planes: int) -> Array:
+    """Matching costs [w, k, y, x] of planes uniform in disparity, from far to near.
+
+    Args:
+      context: [v] images at about the resolution of the map.
+      target: [] of the map's size; a plane lies in the middle of its part of its near to far.
+      planes: k.
+    """
+    fractions = ldm.anchors(planes)
+    depths = 1 / (fractions * (1 / target.near - 1 / target.far) + 1 / target.far)
+    closeness = _closeness(context.cameras, target)
+
+    def one(depth: Array) -> Array:
+        colors, valid = photoconsistency.warp(context, target, depth)
+        cost = photoconsistency.agreement(colors, valid, closeness).cost
+        return jnp.stack([photoconsistency.box(cost, side) for side, _ in WINDOWS])
+
+    return jnp.moveaxis(jax.lax.map(one, depths), 1, 0)
+
+
+def layer_features(costs: Array, num_layers: int) -> Array:
+    """What the sweep found in each layer's band: [l, y, x, NUM_FEATURES].
+
+    For each window: logits of depth and density (those of an LDM that composites to the
+    soft-min), the weight of the band, the depth's offset in it, the least cost in the band, and
+    its distance from the least of all.
+
+    Args:
+      costs: [w, k, y, x]; k is a multiple of num_layers.
+      num_layers: l.
+    """
+    planes = costs.shape[1]
+    if planes % num_layers:
+        raise ValueError(
+            f"sweep_planes={planes} is not a multiple of the map's {num_layers} layers"
+        )
+    positions = 2 * ldm.anchors(planes // num_layers) - 1
+
+    def group(x: Array) -> Array:
+        return x.reshape(num_layers, -1, *x.shape[1:])
+
+    features = []
+    for cost, (_, temperature) in zip(costs, WINDOWS, strict=True):
+        weights = group(jax.nn.softmax(-cost / temperature, axis=0)).sum(axis=1)
+        within = jax.nn.softmax(-group(cost) / temperature, axis=1)
+        offset = jnp.einsum("lkyx,k->lyx", within, positions)
+        least = group(cost).min(axis=1)
+        excess = least - cost.min(axis=0)[None]
+        features += [jnp.arctanh(jnp.clip(offset, -0.97, 0.97)), _density_logit(weights)]
+        features += [weights, offset, jnp.sqrt(least) * 7, jnp.sqrt(excess) * 7]
+    return jnp.stack(features, axis=-1)
+
+
+def blend_cues(depth_logits: Array, density: Array, target: Cameras, context: Views) -> BlendCues:
+    """Which views an element should not take its colour from.
+
+    Args:
+      depth_logits: [l, y, x].
+      density: [l, y, x] alpha.
+      target: [] of the map's size.
+      context: [v] images at about the resolution of the map.
+    """
+    depth = ldm.depths(depth_logits, target.near, target.far)
+    per_unit = 1 / (1 / target.near - 1 / target.far)
+
+    def view(image: Array, camera: Cameras) -> tuple[Array, Array, Array]:
+        projection = ldm.project(depth, target, camera)
+        # Nearness to the view, as the view itself and as an element sees it.
+        nearness = per_unit / jnp.maximum(_depth_in(camera, target, depth), 0.3 * target.near)
+        nearest = ldm.splat_to_view(
+            nearness[..., None], density, projection.uv, *depth.shape[1:], normalize=True
+        )
+        cover = ldm.back_project(nearest, projection.uv)[..., 0] - nearness
+        hidden = jnp.maximum(cover - SHADOW_MARGIN, 0)
+        return hidden, ldm.back_project(image, projection.uv), projection.valid
+
+    hidden, colors, valid = jax.vmap(view)(jnp.asarray(context.images), context.cameras)
+    closeness = _closeness(context.cameras, target)
+    weights = closeness.reshape(-1, 1, 1, 1) * valid
+    errors = photoconsistency.squared_errors(colors, weights)
+    differs = jnp.log1p(jnp.square(errors / AGREEMENT_SCALE)) * valid
+    return BlendCues(photoconsistency.remoteness(context.cameras, target), hidden, differs)
+
+
+def _closeness(context: Cameras, target: Cameras) -> Array:
+    return jnp.exp(-photoconsistency.remoteness(context, target) / photoconsistency.FALLOFF)
+
+
+def _density_logit(weights: Array) -> Array:
+    """Logits of densities that composite to the weights [l, ...], which sum to one."""
+    nearer = jnp.cumsum(weights[::-1], axis=0)[::-1] - weights
+    density = jnp.clip(weights / jnp.maximum(1 - nearer, 1e-3), 1e-3, 1 - 1e-3)
+    return jnp.log(density) - jnp.log1p(-density)
+
+
+def _depth_in(view: Cameras, target: Cameras, depth: Array) -> Array:
+    """z-depth in a view of elements [l, y, x] given by their depth in the target."""
+    view_from_target = cameras.compose(cameras.invert(view.world_from_cam), target.world_from_cam)
+    rays = cameras.camera_rays(target.intrinsics, cameras.pixel_grid(target.height, target.width))
+    slope = jnp.einsum("yxi,i->yx", rays, view_from_target[2, :3], precision="highest")
+    return depth * slope[None] + view_from_target[2, 3]
