@@ -17,7 +17,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nvs_common import cameras as camera_lib
 from nvs_common import metrics
 from nvs_common import photoconsistency as photo
 from nvs_common.types import Array, Cameras, Views
