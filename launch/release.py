@@ -54,17 +54,22 @@ def main(_) -> int:
         config=_portable(found.config), training=_training(found.training), dtype=_DTYPE.value
     )
     weights.write(out, released)
-    command = shlex.join(without_folders(word) for word in sys.argv)
+    words = [f"launch/{pathlib.Path(__file__).name}", *sys.argv[1:]]
+    command = shlex.join(["python", *(without_folders(word) for word in words)])
     date = time.strftime("%Y-%m-%d", time.gmtime())
     text = model_card.text(out, released, measured, date=date, command=command)
     _write_text(card, text)
     print(f"{out}: step {found.step}, {out.stat().st_size:,} bytes, {_DTYPE.value}")
-    print(f"{card}: {len(measured)} evaluation reports")
+    print(f"{card}: figures of {len(measured)} evaluation report{'s'[: len(measured) != 1]}")
     return 0
 
 
 def without_folders(text: str) -> str:
-    """The text with absolute paths cut to their last name: "--data=/home/a/b" is "--data=b"."""
+    """The text with absolute paths cut to their last name: "--data=/home/a/b" is "--data=b".
+
+    Programs of the checkout keep their folder, launch/.
+    """
+    text = re.sub(r"(^|\s)/\S*/(?=launch/\w+\.py)", r"\1", text)
     return re.sub(r"(^|[\s=,:'\"])/(?:[^\s,:=/]+/+)*(?=[^\s,:=/])", r"\1", text)
 
 

@@ -45,6 +45,14 @@ def make(config: Any) -> Task:
     def render(variables: Variables, context: Views, targets: Cameras) -> Render:
         return cast(Render, module.apply(variables, context, targets))
 
+    def encode(variables: Variables, context: Views) -> Any:
+        return module.apply(variables, context, method="encode")
+
+    def render_encoded(
+        variables: Variables, context: Views, features: Any, targets: Cameras
+    ) -> Render:
+        return cast(Render, module.apply(variables, context, features, targets, method="render"))
+
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key  # nothing in Quark's loss is random
         targets = batch.target.cameras
@@ -69,7 +77,7 @@ def make(config: Any) -> Task:
             total += temporal_weight * values["temporal"]
         return total, Aux(metrics={"loss": total, **values})
 
-    return Task(init, loss, render, model.PARAM_AXES)
+    return Task(init, loss, render, model.PARAM_AXES, encode, render_encoded)
 
 
 def make_module(fields: Mapping[str, Any]) -> model.Quark:

@@ -88,7 +88,7 @@ def text(
         "## Training",
         _table(_training_facts(released)),
         "## Measured",
-        _measured(measured),
+        _measured(measured, released.dtype),
         "## Use",
         _use(path),
         f"Written by `{command}`.",
@@ -173,7 +173,7 @@ def _figures(report: Mapping[str, Any], config: Mapping[str, Any]) -> Figures:
     return Figures(f"{data}: {views} views", ", ".join(protocol), report["mean"], command)
 
 
-def _measured(measured: Sequence[Figures]) -> str:
+def _measured(measured: Sequence[Figures], dtype: str) -> str:
     if not measured:
         return (
             "Nothing: the run holds no evaluation report of this step. Make one with "
@@ -185,6 +185,8 @@ def _measured(measured: Sequence[Figures]) -> str:
         rows.append([row.data, row.protocol, *(_scores(row.scores[m]) for m in methods)])
     lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     about = "PSNR in dB, SSIM (gaussian) and, where it was measured, LPIPS; mean over scenes."
+    if dtype != "float32":
+        about += f" Measured with the run's float32 parameters, not with this file's {dtype}."
     commands = "\n".join(f"    {row.command}" for row in measured)
     return "\n\n".join([about, "\n".join(lines), "Measured by:", commands])
 
