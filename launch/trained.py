@@ -152,8 +152,7 @@ def check_shapes(task: Task, config: Any, variables: Variables, path: pathlib.Pa
       InputError: names the first arrays that are missing, unknown or of another shape.
     """
     data = config.data
-    inputs, targets = (_abstract_views(n, data.height, data.width) for n in (data.num_context, 1))
-    made = jax.eval_shape(task.init, jax.random.key(0), Batch(inputs, targets))
+    made = abstract_variables(task, data.num_context, data.height, data.width)
     there, here = (
         {sharding.path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(v)}
         for v in (dict(variables), dict(made))
@@ -170,6 +169,12 @@ def check_shapes(task: Task, config: Any, variables: Variables, path: pathlib.Pa
             "fields that change the parameters cannot be --set, and a file that was changed by "
             "hand has to be released again."
         )
+
+
+def abstract_variables(task: Task, num_inputs: int, height: int, width: int) -> Variables:
+    """Shapes of the variables that a task makes for inputs and targets of a size."""
+    inputs, targets = (_abstract_views(count, height, width) for count in (num_inputs, 1))
+    return jax.eval_shape(task.init, jax.random.key(0), Batch(inputs, targets))
 
 
 def _abstract_views(count: int, height: int, width: int) -> Views:

@@ -7,6 +7,7 @@ holds, no card says.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pathlib
 import shlex
@@ -104,6 +105,7 @@ def _file_facts(path: pathlib.Path, released: weights.Weights, date: str) -> dic
         "parameters": f"{weights.num_values(released.variables):,} ({released.dtype} in the file)",
         "format": f"{weights.FORMAT}: .npz, read by NumPy alone",
         "date": date,
+        "written with": _versions(runs.versions()),
     }
 
 
@@ -127,12 +129,16 @@ def _training_facts(released: weights.Weights) -> dict[str, str]:
         facts["command"] = f"`{shlex.join(training['command'])}`"
     if "device_kind" in training:
         facts["devices"] = f"{training['devices']} x {training['device_kind']}"
-    versions = training.get("versions") or runs.versions()
-    facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    if "versions" in training:
+        facts["versions"] = _versions(training["versions"])
     if git := training.get("git"):
         changed = ", with changes that were not committed" if git["changed"] else ""
         facts["commit"] = f"`{git['commit']}`{changed}"
     return facts
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _data(config: Mapping[str, Any]) -> str:
@@ -148,9 +154,9 @@ def _data(config: Mapping[str, Any]) -> str:
 
 
 def _config_name(training: Mapping[str, Any]) -> str:
-    """ "configs/quark.py:tiny" from the training's command, "" where it does not say."""
+    """The config that the training's command names, "" where it does not say."""
     words = training.get("command", [])
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         if word.lstrip("-").startswith("config="):
             return f"config `{word.partition('=')[2]}`"
         if word in ("--config", "-config"):
