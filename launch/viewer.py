@@ -79,6 +79,7 @@ class Viewer:
         self._waiting: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._used: set[int] = set()
+        self._compiled: set[tuple[int, ...]] = set()
         self._add_controls(num_inputs)
         self._cameras = self._add_cameras()
         server.on_client_connect(self._connect)
@@ -105,7 +106,9 @@ class Viewer:
         pose = viewing.Pose(eye.wxyz, eye.position, eye.fov, eye.aspect)
         try:
             target = viewing.camera(pose, int(self.height.value))
-            frame = self._renderer.frame(target, int(self.num_inputs.value), self.mode.value)
+            count = int(self.num_inputs.value)
+            self._announce((target.height, target.width, count))
+            frame = self._renderer.frame(target, count, self.mode.value)
         except InputError as error:
             self.status.content = f"**{error}**"
             return None
@@ -118,6 +121,12 @@ class Viewer:
             f"{self._renderer.encoded} inputs encoded"
         )
         return frame
+
+    def _announce(self, shape: tuple[int, ...]) -> None:
+        """Says why the first picture of a height, width and number of inputs takes long."""
+        if shape not in self._compiled:
+            self.status.content = f"compiling for {shape[0]} x {shape[1]} pixels, {shape[2]} inputs"
+            self._compiled.add(shape)
 
     def ask(self, client: Any) -> None:
         """Notes that a client's picture is out of date; only its newest camera will be rendered."""
@@ -141,7 +150,7 @@ class Viewer:
         self.num_inputs = gui.add_slider("inputs", 1, most, 1, num_inputs)
         self.mode = gui.add_dropdown("mode", viewing.MODES, initial_value=viewing.MODES[0])
         self.show_cameras = gui.add_checkbox("cameras", True)
-        self.status = gui.add_markdown("waiting for the first picture, which is compiled")
+        self.status = gui.add_markdown("waiting for a visitor's camera")
         for control in (self.height, self.num_inputs, self.mode):
             control.on_update(lambda _: self._ask_all())
         self.show_cameras.on_update(lambda _: self._toggle_cameras())
@@ -237,7 +246,7 @@ def import_viser() -> Any:
       InputError: it is not installed.
     """
     try:
-        import viser
+        import viser  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise InputError(
             f"the viewer needs viser ({e}); install it with: pip install -e '.[viewer]'"
