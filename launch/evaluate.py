@@ -2,13 +2,12 @@
 
 Every 8th view of a scene is rendered from the nearest of the other views and compared with the
 photograph, beside three methods that learn nothing. Writes report.html (one file, opens in any
-browser) and metrics.json, and prints the table. Exit codes: 0 done, 2 bad input.
+browser) and metrics.json, and prints the table. --weights=FILE takes released weights in place of
+a run, --weights=default those of the checkout. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import pathlib
 import shlex
 import sys
@@ -25,12 +24,10 @@ from nvs_common import evaluate, html_report, perceptual, runs
 from nvs_common.data import sources
 from nvs_common.errors import InputError
 
-flags.adopt_module_key_flags(trained)
 # Quark's protocol, arXiv 2411.16680, Sec. 3.4.
 PUBLISHED_INPUTS = 8
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+_SOURCE = trained.define_source()
 _DATA = flags.DEFINE_string(
     "data",
     "",
@@ -74,7 +71,10 @@ _LPIPS = flags.DEFINE_string(
 )
 _CHUNK = flags.DEFINE_integer("chunk", 1, "Targets rendered at once; more needs more memory.")
 _OUT = flags.DEFINE_string(
-    "out", "", "Folder for report.html and metrics.json; WORKDIR/evaluation by default."
+    "out",
+    "",
+    "Folder for report.html and metrics.json; WORKDIR/evaluation by default, but required with "
+    "--weights.",
 )
 
 
@@ -85,7 +85,9 @@ def main(_) -> int:
         raise InputError("--num_scenes is for procedural scenes; leave it out with --data.")
     if _CHUNK.value < 1:
         raise InputError(f"--chunk={_CHUNK.value}: expected 1 or more.")
-    model = trained.load(_WORKDIR.value, _STEP.value)
+    if _SOURCE.weights.value and not _OUT.value:
+        raise InputError("pass --out=FOLDER: with --weights there is no run's folder to write to.")
+    model = trained.load(_SOURCE)
     size = trained.size(_SIZE.value, model.config)
     asked = _NUM_INPUTS.value
     protocol = evaluate.Protocol(
@@ -112,7 +114,7 @@ def main(_) -> int:
             progress=progress,
             chunk=_CHUNK.value,
         )
-    out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
+    out = pathlib.Path(_OUT.value or model.path / "evaluation")
     report = html_report.write(result, _about(model), out)
     print(html_report.text_table(result))
     print(f"{sum(len(s.views) for s in result.scenes)} views of {len(result.scenes)} scenes")
@@ -136,24 +138,19 @@ def _held_out(config) -> list[tuple[str, object]]:
 
 
 def _about(model: trained.Trained) -> html_report.About:
-    names = ("viewsynth-jax", "jax", "jaxlib", "flax", "numpy")
-    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in names if n in installed]
     device = jax.devices()[0]
-    workdir = pathlib.Path(_WORKDIR.value)
     facts = {
-        "run": str(workdir.resolve()),
+        "weights" if _SOURCE.weights.value else "run": str(model.path.resolve()),
         "checkpoint": f"step {model.step}",
         "evaluated with": shlex.join(sys.argv),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "versions": ", ".join(versions),
+        "versions": ", ".join(f"{name} {number}" for name, number in runs.versions().items()),
     }
-    record = workdir / "run.json"
-    if record.is_file():
-        session = json.loads(record.read_text())["sessions"][-1]
-        facts["trained with"] = shlex.join(session["command"])
-        facts["trained on"] = f"{session['devices']} x {session['device_kind']}"
-    title = f"{model.config.system}: {workdir.name}, step {model.step}"
+    if "command" in model.training:
+        facts["trained with"] = shlex.join(model.training["command"])
+    if "device_kind" in model.training:
+        facts["trained on"] = f"{model.training['devices']} x {model.training['device_kind']}"
+    title = f"{model.config.system}: {model.path.name}, step {model.step}"
     return html_report.About(title, facts, runs.to_json(model.config))
 
 

@@ -1,6 +1,7 @@
 """Renders a camera path: python launch/render.py --workdir=runs/a --scene=PATH --out=video.mp4
 
-Each frame is rendered from the views of the scene that are nearest to it. Exit codes: 0 done,
+Each frame is rendered from the views of the scene that are nearest to it. --weights=FILE takes
+released weights in place of a run, --weights=default those of the checkout. Exit codes: 0 done,
 2 bad input.
 """
 
@@ -22,9 +23,7 @@ from nvs_common import panels, rendering, trajectories, video
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
 
-flags.adopt_module_key_flags(trained)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
+_SOURCE = trained.define_source()
 _SCENE = flags.DEFINE_string(
     "scene",
     None,
@@ -61,7 +60,7 @@ def main(_) -> int:
     out = video.check_path(_OUT.value, _FPS.value)
     if _CHUNK.value < 1:
         raise InputError(f"--chunk={_CHUNK.value}: expected 1 or more.")
-    model = trained.load(_WORKDIR.value, _STEP.value)
+    model = trained.load(_SOURCE)
     scene = trained.scene(_SCENE.value, model.config, trained.size(_SIZE.value, model.config))
     targets = _path(scene.cameras)
     asked = _NUM_INPUTS.value

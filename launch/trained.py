@@ -5,54 +5,186 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from absl import flags
 
 from launch import tasks
-from nvs_common import checkpoint
+from nvs_common import checkpoint, sharding, weights
 from nvs_common.data import layouts, scenes, sources
 from nvs_common.errors import InputError
-from nvs_common.types import Task, Variables
+from nvs_common.types import Batch, Cameras, Task, Variables, Views
+
+# The flags belong to the program that asks for them, so that its `--help` lists them.
+flags.disclaim_key_flags()
+
+
+# Weights that come with the checkout.
+DEFAULT = "default"
+DEFAULT_WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights" / "quark_tiny.npz"
+
+
+class Source(NamedTuple):
+    """The flags that say where a trained model comes from; see `define_source`."""
+
+    workdir: Any
+    step: Any
+    weights: Any
+    set: Any
 
 
 class Trained(NamedTuple):
-    """A run's config, its task, and the variables of one of its checkpoints."""
+    """A trained model: its config, its task, and the variables of one step.
+
+    Attributes:
+      config: of the run, with the changes of `--set`.
+      task: made from it.
+      variables: EMA parameters where there are any, and collections.
+      step: of the training.
+      path: the run's folder or the weights' file.
+      training: JSON mapping, what is known of the training: command, devices, versions; {} where
+        nothing is.
+    """
 
     config: Any
     task: Task
     variables: Variables
     step: int
+    path: pathlib.Path
+    training: Mapping[str, Any]
 
 
-SET = flags.DEFINE_multi_string(
-    "set",
-    [],
-    "FIELD=VALUE changes the run's config for this program, e.g. model.grid_area=28672 for a finer "
-    "map than in training, or model.dtype=bfloat16. Repeat it for several fields.",
-)
+def define_source() -> Source:
+    """Defines `--workdir`, `--step`, `--weights` and `--set` for the program that calls."""
+    return Source(
+        flags.DEFINE_string("workdir", None, "Folder of a training run; or pass --weights."),
+        flags.DEFINE_integer("step", None, "Checkpoint of the run; the newest by default."),
+        flags.DEFINE_string(
+            "weights",
+            None,
+            "Weights that launch/release.py has written, in place of --workdir; default means "
+            "those of the checkout, weights/quark_tiny.npz.",
+        ),
+        flags.DEFINE_multi_string(
+            "set",
+            [],
+            "FIELD=VALUE changes the run's config for this program, e.g. model.grid_area=28672 for "
+            "a finer map than in training, or model.dtype=bfloat16. Repeat it for several fields.",
+        ),
+    )
 
 
-def load(workdir: str, step: int | None) -> Trained:
-    """Loads a checkpoint of a run, the newest if `step` is None; `--set` changes its config.
+def load(source: Source) -> Trained:
+    """Loads what the flags name: a checkpoint of a run, or released weights.
 
     Raises:
-      InputError: no such run or step, a damaged checkpoint, a system that is unknown here, or a
-        field that the config does not have.
+      InputError: not exactly one of `--workdir` and `--weights`, no such run, step or file, a
+        damaged one, a system that is unknown here, a field that the config does not have, or
+        parameters of another model than the config's.
+    """
+    workdir, step, file = source.workdir.value, source.step.value, source.weights.value
+    if bool(workdir) == bool(file):
+        raise InputError(
+            "pass --workdir=RUN (a training run) or --weights=FILE (released weights, or default), "
+            f"exactly one of the two; {'both' if file else 'neither'} was given."
+        )
+    if file and step is not None:
+        raise InputError(f"--step={step}: released weights are of one step; leave the flag out.")
+    found = _released(file) if file else load_run(workdir, step)
+    path = DEFAULT_WEIGHTS if file == DEFAULT else pathlib.Path(file or workdir)
+    config, variables = found.config, found.variables
+    if config.system not in tasks.TASKS:
+        raise InputError(
+            f"{path}: its system {config.system!r} is unknown here; known are "
+            f"{sorted(tasks.TASKS)}."
+        )
+    for text in source.set.value:
+        _change(config, text)
+    task = tasks.TASKS[config.system](config)
+    check_shapes(task, config, variables, path)
+    return Trained(config, task, variables, found.step, path, found.training)
+
+
+def load_run(workdir: str, step: int | None) -> weights.Weights:
+    """Loads a checkpoint of a run, the newest if `step` is None, and what its run.json says.
+
+    Raises:
+      InputError: no such run or step, or a damaged checkpoint.
     """
     folder = pathlib.Path(workdir) / checkpoint.FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
     step = max(steps, default=None) if step is None else step
     config, variables = checkpoint.load_variables(workdir, step)
-    if config.system not in tasks.TASKS:
-        raise InputError(
-            f"{workdir}: the run's system {config.system!r} is unknown here; known are "
-            f"{sorted(tasks.TASKS)}."
-        )
-    for text in SET.value:
-        _change(config, text)
     assert step is not None  # load_variables has refused a run without steps
-    return Trained(config, tasks.TASKS[config.system](config), variables, step)
+    return weights.Weights(config, variables, step, _session(pathlib.Path(workdir), step))
+
+
+def _session(workdir: pathlib.Path, step: int) -> Mapping[str, Any]:
+    """What run.json says of the session that saved a step; {} where it says nothing."""
+    record = workdir / "run.json"
+    if not record.is_file():
+        return {}
+    try:
+        sessions = json.loads(record.read_text())["sessions"]
+        return [s for s in sessions if s["start_step"] < step][-1]
+    except (ValueError, LookupError, TypeError) as e:
+        raise InputError(f"{record}: not the record of this run ({e}); remove the file.") from e
+
+
+def _released(file: str) -> weights.Weights:
+    if file != DEFAULT:
+        return weights.read(file)
+    if not DEFAULT_WEIGHTS.is_file():
+        raise InputError(
+            f"--weights=default: {DEFAULT_WEIGHTS} does not exist yet; make it from a run with "
+            "python launch/release.py --workdir=RUN --out=weights/quark_tiny.npz"
+        )
+    return weights.read(DEFAULT_WEIGHTS)
+
+
+def check_shapes(task: Task, config: Any, variables: Variables, path: pathlib.Path) -> None:
+    """Compares variables with those that the task would make, without computing any.
+
+    Raises:
+      InputError: names the first arrays that are missing, unknown or of another shape.
+    """
+    data = config.data
+    made = abstract_variables(task, data.num_context, data.height, data.width)
+    there, here = (
+        {sharding.path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(v)}
+        for v in (dict(variables), dict(made))
+    )
+    wrong = [
+        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} by the config"
+        for name in [*here, *(n for n in there if n not in here)]
+        if there.get(name) != here.get(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
+        raise InputError(
+            f"{path}: its parameters are not those of its config: {'; '.join(wrong[:2])}{more}; "
+            "fields that change the parameters cannot be --set, and a file that was changed by "
+            "hand has to be released again."
+        )
+
+
+def abstract_variables(task: Task, num_inputs: int, height: int, width: int) -> Variables:
+    """Shapes of the variables that a task makes for inputs and targets of a size."""
+    inputs, targets = (_abstract_views(count, height, width) for count in (num_inputs, 1))
+    return jax.eval_shape(task.init, jax.random.key(0), Batch(inputs, targets))
+
+
+def _abstract_views(count: int, height: int, width: int) -> Views:
+    """Shapes of views [1, count]."""
+
+    def shape(*sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, count, *sides), np.float32)
+
+    cameras = Cameras(shape(4, 4), shape(4), shape(), shape(), height, width)
+    return Views(shape(height, width, 3), cameras)
 
 
 def _change(config: Any, text: str) -> None:

@@ -39,12 +39,6 @@ def make(config: Any) -> Task:
     if config.loss.lpips_weights and config.loss.lpips_weight > 0:
         lpips_params = perceptual.load(config.loss.lpips_weights)
 
-    def init(key: Array, batch: Batch) -> Variables:
-        return module.init(key, batch.context, batch.target.cameras)
-
-    def render(variables: Variables, context: Views, targets: Cameras) -> Render:
-        return cast(Render, module.apply(variables, context, targets))
-
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key  # nothing in Quark's loss is random
         targets = batch.target.cameras
@@ -69,7 +63,27 @@ def make(config: Any) -> Task:
             total += temporal_weight * values["temporal"]
         return total, Aux(metrics={"loss": total, **values})
 
-    return Task(init, loss, render, model.PARAM_AXES)
+    return Task(loss=loss, param_axes=model.PARAM_AXES, **_applications(module))
+
+
+def _applications(module: model.Quark) -> dict[str, Any]:
+    """The fields of the task that only call the module."""
+
+    def init(key: Array, batch: Batch) -> Variables:
+        return module.init(key, batch.context, batch.target.cameras)
+
+    def render(variables: Variables, context: Views, targets: Cameras) -> Render:
+        return cast(Render, module.apply(variables, context, targets))
+
+    def encode(variables: Variables, context: Views) -> Any:
+        return module.apply(variables, context, method="encode")
+
+    def render_encoded(
+        variables: Variables, context: Views, features: Any, targets: Cameras
+    ) -> Render:
+        return cast(Render, module.apply(variables, context, features, targets, method="render"))
+
+    return dict(init=init, render=render, encode=encode, render_encoded=render_encoded)
 
 
 def make_module(fields: Mapping[str, Any]) -> model.Quark:

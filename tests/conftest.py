@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict ranks and a persistent compilation cache for every test."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -11,6 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,3 +32,25 @@ def x64():
     """Float64 inside one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def program():
+    """Loads a program of launch/; its flags are gone with the next one, for they share names."""
+    before = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+    def load(name):
+        forget()
+        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        return module
+
+    yield load
+    forget()

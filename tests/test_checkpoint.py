@@ -209,6 +209,7 @@ def test_exported_variables_come_back_with_their_config(tmp_path):
     checkpoint.export_params(path, toy.config(seed=5), variables)
     config, found = checkpoint.import_params(path)
     assert_trees_equal(found, variables)
+    assert found["counts"]["n"].shape == ()
     assert config.seed == 5 and config.profile == (0, 0)
     assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
 

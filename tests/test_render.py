@@ -1,6 +1,5 @@
 """The programs that evaluate and render: flags, files, videos and one-line errors."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -21,24 +19,6 @@ from nvs_common.errors import InputError
 from nvs_common.types import Aux, Render, Task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def program():
-    """Loads a program; its flags are gone after the test, for programs share names of flags."""
-    before = set(flags.FLAGS)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        return module
-
-    yield load
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
 
 
 def _toy_task(with_depth=True, value=None):
@@ -73,9 +53,10 @@ def toy_run(monkeypatch):
     )
     tasks = [_toy_task()]
 
-    def load(workdir, step):
+    def load(source):
         variables = {"bias": np.zeros((), np.float32)}
-        return trained.Trained(config, tasks[0], variables, step or 7)
+        path = pathlib.Path(source.workdir.value)
+        return trained.Trained(config, tasks[0], variables, source.step.value or 7, path, {})
 
     monkeypatch.setattr(trained, "load", load)
 
@@ -217,6 +198,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     for program, arguments in (
         ("evaluate.py", [f"--workdir={tmp_path}/none"]),
         ("render.py", [f"--workdir={tmp_path}/none", "--scene=procedural:1", "--out=a.avi"]),
+        ("render.py", ["--scene=procedural:1", "--out=a.mp4"]),
+        ("release.py", [f"--workdir={tmp_path}/none", "--out=a.npz"]),
     ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "launch" / program), *arguments],

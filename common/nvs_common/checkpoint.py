@@ -270,7 +270,8 @@ def export_params(path: str | pathlib.Path, config: runs.Config, variables: Vari
       variables: {"params", collections}, nested dicts of arrays.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
-    arrays = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in flat.items()}
+    # Not np.ascontiguousarray, which makes a vector of a scalar.
+    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in flat.items()}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(runs.to_json(config)),

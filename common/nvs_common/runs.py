@@ -167,7 +167,7 @@ def write_session(
         "platform": device.platform,
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git(),
         "environment": {
             k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -192,7 +192,8 @@ def _tuples(value: Any) -> Any:
     return value
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on."""
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     return {name: importlib.metadata.version(name) for name in _PACKAGES if name in installed}
 

@@ -105,9 +105,15 @@ class Task(NamedTuple):
       loss: (variables, batch, key) -> (scalar, Aux).
       render: (variables, context Views [b, v], target Cameras [b, t]) -> Render [b, t, ...].
       param_axes: regex on the parameter path -> logical axis names, one row a parameter.
+      encode: (variables, context Views [b, v]) -> features, arrays with leading [b, v] of which
+        each view's depend on that view alone; None where a system has no such part.
+      render_encoded: (variables, context, features, targets) -> what `render` gives; beside
+        `encode`, so that a viewer encodes each input once.
     """
 
     init: Callable[[Array, Batch], Variables]
     loss: Callable[[Variables, Batch, Array], tuple[Array, Aux]]
     render: Callable[[Variables, Views, Cameras], Render]
     param_axes: Mapping[str, Names]
+    encode: Callable[[Variables, Views], Any] | None = None
+    render_encoded: Callable[[Variables, Views, Any, Cameras], Render] | None = None
