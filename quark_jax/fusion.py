@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,59 @@ import jax.numpy as jnp
 
 from nvs_common import layers
 from nvs_common.types import Array
+from quark_jax import ldm
+
+
+class Unstored(NamedTuple):
+    """Update features before they are gathered: what `delta` is where it is never held whole.
+
+    Attributes:
+      features: [v, n, y, x, c] in the views' images.
+      uv: [v, n, l, y, x, 2] where the elements of the volume fall in them, as fractions.
+    """
+
+    features: Array
+    uv: Array
+
+
+def over_delta(
+    function: Callable[[Array, Array, Array], Array],
+    query: Array,
+    delta: Array | Unstored,
+    valid: Array,
+) -> Array:
+    """Applies a function of single elements to queries and update features.
+
+    Unstored features are gathered a layer at a time, for this function alone, and again in the
+    backward pass: of [v, n, l, y, x, c] only one layer ever exists.
+
+    Args:
+      function: (query [n, ..., *], delta [v, n, ..., c], valid [v, n, ...]) -> [n, ..., *].
+      query: [n, l, y, x, *].
+      delta: [v, n, l, y, x, c], or what they are gathered from.
+      valid: [v, n, l, y, x].
+
+    Returns:
+      [n, l, y, x, *].
+    """
+    if not isinstance(delta, Unstored):
+        return function(query, delta, valid)
+
+    def view(per_view: tuple[Array, Array]) -> Array:
+        return jax.vmap(ldm.back_project)(*per_view)
+
+    def layer(per_layer: tuple[Array, Array, Array]) -> Array:
+        query, uv, valid = per_layer
+        # A loop, so that the result is stored once and not recomputed by each of its readers.
+        gathered = jax.lax.map(jax.checkpoint(view), (delta.features, uv))
+        return function(query, gathered, valid)
+
+    layers_first = (
+        jnp.moveaxis(query, 1, 0),
+        jnp.moveaxis(delta.uv, 2, 0),
+        jnp.moveaxis(valid, 2, 0),
+    )
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(layer), layers_first), 0, 1)
 
 
 def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float) -> Array:
@@ -29,6 +83,15 @@ def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float)
     if keys.ndim == query.ndim:
         keys, values = keys[..., None, :], values[..., None, :]
     return _attend(query * scale, keys, values, masked(valid))
+
+
+def agreement(query: Array, delta: Array, valid: Array) -> Array:
+    """Products of queries [n, ..., c] with each view's features [v, n, ..., c]: [n, ..., v].
+
+    Views that do not see an element are masked later, where these are blend logits.
+    """
+    del valid
+    return jnp.stack([_dot(query, key) for key in _views(delta)], axis=-1)
 
 
 def masked(valid: Array) -> Array:
@@ -145,7 +208,7 @@ class OneToMany(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
+    def __call__(self, volume: Array, delta: Array | Unstored, valid: Array) -> Array:
         """Adds what the views tell: volume [n, ..., c], delta [v, n, ..., c], valid [v, n, ...]."""
         channels = volume.shape[-1]
         per_head = channels if self.folded else channels // self.heads
@@ -164,11 +227,17 @@ class OneToMany(nn.Module):
         )
         if self.uniform:
             query = jnp.zeros_like(query)
-        if self.folded:
+        kernels = None
+        if not self.folded:
+            kernels = [self._kernel(dense(name), channels) for name in ("key", "value")]
+
+        def mix(query: Array, delta: Array, valid: Array) -> Array:
             keys = values = delta
-        else:
-            keys, values = dense("key")(delta), dense("value")(delta)
-        mixed = attend(query, keys, values, valid, per_head**-0.5)
+            if kernels is not None:
+                keys, values = (jnp.einsum("...c,caf->...af", delta, k) for k in kernels)
+            return attend(query, keys, values, valid, per_head**-0.5)
+
+        mixed = over_delta(mix, query, delta, valid)
         output = nn.DenseGeneral(
             channels,
             axis=(-2, -1),
@@ -178,6 +247,11 @@ class OneToMany(nn.Module):
             name="output",
         )(mixed)
         return volume + output
+
+    def _kernel(self, projection: nn.DenseGeneral, channels: int) -> Array:
+        """A projection's weights: its layer cannot be called inside of a loop over layers."""
+        projection(jnp.zeros((1, channels), self.dtype))
+        return projection.variables["params"]["kernel"].astype(self.dtype)
 
 
 class LayerCollapse(nn.Module):

@@ -52,6 +52,22 @@ class Logits(NamedTuple):
     color: Array | None = None
 
 
+class Window(NamedTuple):
+    """A part of a picture: the corner may be traced, the size is static.
+
+    Attributes:
+      top: [] first row.
+      left: [] first column.
+      height: rows.
+      width: columns.
+    """
+
+    top: Array | int
+    left: Array | int
+    height: int
+    width: int
+
+
 def anchors(num_layers: int) -> Array:
     """Middle of each layer's band as a fraction of the disparity range, [l] (Eq. 3)."""
     return (jnp.arange(num_layers, dtype=jnp.float32) + 0.5) / num_layers
@@ -69,9 +85,14 @@ def depths(logits: Array, near: Array, far: Array) -> Array:
       [l, ...] z-depth, decreasing from layer to layer.
     """
     num_layers = logits.shape[0]
+    anchor = anchors(num_layers).reshape((-1,) + (1,) * (logits.ndim - 1))
+    return depth_in_band(logits, anchor, num_layers, near, far)
+
+
+def depth_in_band(logits: Array, anchor: Array, num_layers: int, near: Array, far: Array) -> Array:
+    """Depth of elements [...] whose bands have their middles at `anchor` (Eq. 4)."""
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    anchor = anchors(num_layers).astype(dtype).reshape((-1,) + (1,) * (logits.ndim - 1))
-    fraction = anchor + 0.5 / num_layers * jnp.tanh(logits.astype(dtype))
+    fraction = anchor.astype(dtype) + 0.5 / num_layers * jnp.tanh(logits.astype(dtype))
     return 1 / (fraction * (1 / near - 1 / far) + 1 / far)
 
 
@@ -115,6 +136,11 @@ def back_project(features: Array, uv: Array) -> Array:
     return sampling.gather(features, _pixels(uv, features.shape[0], features.shape[1]))
 
 
+def view_colors(image: Array, uv: Array) -> Array:
+    """Colours [..., 3] of a view's image at positions [..., 2], continued with its edge."""
+    return sampling.gather(image, _pixels(uv, *image.shape[:2]), border="edge")
+
+
 def splat_to_view(
     appearance: Array,
     density: Array,
@@ -154,24 +180,49 @@ def splat_to_view(
     return compositing.over(image[..., :-1], jnp.clip(image[..., -1], 0, 1))
 
 
-def resize(x: Array, height: int, width: int) -> Array:
-    """Resamples the two axes before the last bilinearly; antialiased when it shrinks."""
-    shape = x.shape[:-3] + (height, width, x.shape[-1])
-    return x if shape == x.shape else jax.image.resize(x, shape, "linear", antialias=True)
+def resize(x: Array, height: int, width: int, window: Window | None = None) -> Array:
+    """Resamples the two axes before the last bilinearly; antialiased when it shrinks.
+
+    Args:
+      x: [..., y, x, c].
+      height: rows of the whole result.
+      width: columns of the whole result.
+      window: the part of the result that is computed, all of it by default.
+
+    Returns:
+      [..., h, w, c].
+    """
+    y, x_axis = x.ndim - 3, x.ndim - 2
+    if window is None:
+        shape = x.shape[:y] + (height, width, x.shape[-1])
+        return x if shape == x.shape else jax.image.resize(x, shape, "linear", antialias=True)
+    shape = x.shape[:y] + (window.height, window.width, x.shape[-1])
+    scale = jnp.array([height / x.shape[y], width / x.shape[x_axis]], jnp.float32)
+    corner = jnp.stack([jnp.asarray(side, jnp.float32) for side in window[:2]])
+    axes = (y, x_axis)
+    return jax.image.scale_and_translate(x, shape, axes, scale, -corner, "linear", antialias=True)
 
 
-def upsample(logits: Logits, height: int, width: int) -> Logits:
-    """Upsamples logits to the output's size, before activation (Sec. 3.2.3)."""
+def resize_plane(x: Array, height: int, width: int, window: Window | None = None) -> Array:
+    """`resize` of planes [..., y, x], in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return resize(wide[..., None], height, width, window)[..., 0]
 
-    def planes(x: Array) -> Array:
-        return resize(x.astype(jnp.float32)[..., None], height, width)[..., 0]
 
+def upsample(logits: Logits, height: int, width: int, window: Window | None = None) -> Logits:
+    """Upsamples logits to the output's size, or a window of it, before activation (Sec. 3.2.3)."""
+    size = (height, width, window)
     return Logits(
-        planes(logits.depth),
-        planes(logits.density),
-        None if logits.blend is None else planes(logits.blend),
-        None if logits.color is None else resize(logits.color, height, width),
+        resize_plane(logits.depth, *size),
+        resize_plane(logits.density, *size),
+        None if logits.blend is None else resize_plane(logits.blend, *size),
+        None if logits.color is None else resize(logits.color, *size),
     )
+
+
+def crop(target: Cameras, window: Window | None) -> Cameras:
+    """The target's camera, or that of its window."""
+    return target if window is None else cameras.crop(target, *window)
 
 
 def blend_weights(logits: Array, valid: Array) -> Array:
@@ -185,7 +236,8 @@ def blend_weights(logits: Array, valid: Array) -> Array:
       [v, ...], summing to one.
     """
     takes_part = valid | ~jnp.any(valid, axis=0)[None]
-    logits = jnp.where(takes_part, logits.astype(jnp.float32), -1e9)
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    logits = jnp.where(takes_part, logits.astype(wide), -1e9)
     return jax.nn.softmax(logits, axis=0)
 
 
@@ -197,8 +249,11 @@ def upsample_activate(
     opaque_background: bool = False,
     unseen: Literal["black", "edge"] = "black",
     mask_invalid: bool = True,
+    window: Window | None = None,
 ) -> Render:
     """Upsamples an LDM to the target's size, activates it and renders it (Eq. 1).
+
+    Holds the colours of every view, layer and pixel at once; `drawing.draw` does not.
 
     Args:
       logits: at the LDM's resolution.
@@ -208,12 +263,14 @@ def upsample_activate(
       unseen: colour of elements outside of every view: black, or the nearest edges of the views
         that have them in front.
       mask_invalid: views that do not see an element have no part in its colour.
+      window: the part of the picture to render, all of it by default.
 
     Returns:
       Render of one image [h, w, 3], its depth [h, w] and accumulated alpha [h, w]. What no
       layer covers is black and lies at the far plane.
     """
-    full = upsample(logits, target.height, target.width)
+    full = upsample(logits, target.height, target.width, window)
+    target = crop(target, window)
     depth = depths(full.depth, target.near, target.far)
     density = jax.nn.sigmoid(full.density)
     if opaque_background:
@@ -258,8 +315,7 @@ def blended_color(
 
     def view_color(image: Array, camera: Cameras) -> tuple[Array, Projection]:
         projection = project(depth, target, camera)
-        uv = _pixels(projection.uv, image.shape[0], image.shape[1])
-        return sampling.gather(image, uv, border="edge"), projection
+        return view_colors(image, projection.uv), projection
 
     colors, seen = jax.vmap(view_color)(context.images, context.cameras)
     usable = seen.valid

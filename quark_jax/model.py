@@ -7,6 +7,7 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from einops import rearrange, repeat
 
 from nvs_common import cameras, layers
 from nvs_common.types import Array, Cameras, Render, Views
-from quark_jax import encoder, fusion, ldm
+from quark_jax import drawing, encoder, fusion, ldm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Fused(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
+    def __call__(self, volume: Array, delta: Array | fusion.Unstored, valid: Array) -> Array:
         """volume [n, l, y, x, c], delta [v, n, l, y, x, c], valid [v, n, l, y, x]."""
         for block in range(self.stage.blocks):
             volume = fusion.OneToMany(
@@ -100,6 +101,9 @@ class Quark(nn.Module):
       unseen: colour of what no input sees, "black" or the inputs' nearest "edge" (not published).
       query_scale: initial scale of the attention's queries; small ones start as a mean over the
         views (not published).
+      stream: never hold what belongs to all views and layers at once: features are gathered a
+        layer at a time, anew in every attention, and colours a layer and view at a time; the
+        backward pass computes them again. The same result in less memory.
       dtype: compute type of the network; geometry and compositing are float32.
     """
 
@@ -122,6 +126,7 @@ class Quark(nn.Module):
     opaque_background: bool = False
     unseen: Literal["black", "edge"] = "black"
     query_scale: float = 0.1
+    stream: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -175,7 +180,11 @@ class Quark(nn.Module):
         """Encodes the inputs once, for any number of targets: levels [b, v, y, x, c]."""
         height, width = context.images.shape[-3:-1]
         size = ldm.grid_size(height, width, self.grid_area, self._multiple)
-        return self.encoder(ldm.resize(context.images.astype(jnp.float32), *size))
+
+        def encode(network: encoder.Encoder, images: Array) -> list[Array]:
+            return network(ldm.resize(images.astype(jnp.float32), *size))
+
+        return self._over_views(encode, self.encoder, context.images)
 
     def render(self, context: Views, features: list[Array], targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v] and its `encode`d features."""
@@ -195,8 +204,10 @@ class Quark(nn.Module):
         per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
         stages = self.solve(per_target.cameras, features, flat)
 
+        draw = drawing.draw if self.stream else ldm.upsample_activate
+
         def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
-            return ldm.upsample_activate(
+            return draw(
                 logits,
                 target,
                 views,
@@ -229,7 +240,8 @@ class Quark(nn.Module):
         volume = self._seed_volume(
             len(targets.near), tuple(n >> self.stages[0].level for n in finest)
         )
-        depth_logits, seen, delta = jnp.zeros(volume.shape[:-1]), None, None
+        depth_logits, seen = jnp.zeros(volume.shape[:-1]), None
+        delta, valid = jnp.zeros(()), jnp.ones(())  # of the last stage, when the loop has ended
         for index, stage in enumerate(self.stages):
             grid = tuple(side >> stage.level for side in finest)
             level = repeat(features[stage.level], "b v ... -> (b t) v ...", t=repeats)
@@ -244,11 +256,29 @@ class Quark(nn.Module):
                 seen = self._render_to_views(decoded, views, targets, size)
                 volume = ldm.resize(volume, *grid)
                 depth_logits = decode(volume)["depth"]
-            update = self.updates[index](_inputs(seen, level, ray, self.dtype))
+            update = self._over_views(_update, self.updates[index], (seen, level, ray))
             delta, valid = self._back_project(update, depth_logits, views, targets)
             volume = self.fused[index](volume, delta, valid)
-        assert delta is not None  # there is at least one stage
-        return [*stages, self._logits(volume, delta)]
+        return [*stages, self._logits(volume, delta, valid)]
+
+    def _over_views(self, function: Callable[[Any, Any], Any], network: nn.Module, xs: Any) -> Any:
+        """function(network, xs) of arrays [n, v, ...]; view by view where the model streams."""
+        if not self.stream:
+            return function(network, xs)
+
+        def view(network: nn.Module, carry: None, x: Any) -> tuple[None, Any]:
+            return carry, function(network, x)
+
+        # The backward pass computes a view again: nothing of all views is kept for it.
+        view = nn.remat(view, prevent_cse=False)
+        scan = nn.scan(
+            view,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        return scan(network, None, xs)[1]
 
     @property
     def _multiple(self) -> int:
@@ -290,12 +320,17 @@ class Quark(nn.Module):
             uv = ldm.project(depth, target, view).uv
             return ldm.splat_to_view(appearance, density, uv, *size, normalize=self.normalize_splat)
 
+        shared = (appearance, density, decoded["depth"], grid_targets)
+        if self.stream:
+            by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), views)
+            view = jax.checkpoint(lambda cams: jax.vmap(one)(*shared, cams))
+            return jnp.moveaxis(jax.lax.map(view, by_view), 0, 1)
         over_views = jax.vmap(one, in_axes=(None, None, None, None, 0))
-        return jax.vmap(over_views)(appearance, density, decoded["depth"], grid_targets, views)
+        return jax.vmap(over_views)(*shared, views)
 
     def _back_project(
         self, update: Array, depth_logits: Array, views: Cameras, targets: Cameras
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array | fusion.Unstored, Array]:
         """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
         grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
 
@@ -304,37 +339,42 @@ class Quark(nn.Module):
         def view(per_view: tuple[Array, Cameras]) -> tuple[Array, Array]:
             features, cams = per_view
             projection = jax.vmap(ldm.project)(depth, grid_targets, cams)
+            if self.stream:
+                return projection.uv, projection.valid
             return jax.vmap(ldm.back_project)(features, projection.uv), projection.valid
 
         # A loop, not a batch: one view's positions and corners exist at a time, and the result
         # is stored once instead of being fused into, and recomputed by, each attention.
         by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (update, views))
         delta, valid = jax.lax.map(jax.checkpoint(view), by_view)
+        if self.stream:
+            delta = fusion.Unstored(by_view[0], delta)
         return delta, valid if self.mask_invalid else jnp.ones_like(valid)
 
-    def _logits(self, volume: Array, delta: Array) -> ldm.Logits:
+    def _logits(self, volume: Array, delta: Array | fusion.Unstored, valid: Array) -> ldm.Logits:
         """Reads the finished map off the volume (Sec. 3.2.3)."""
         decoded = self.final_decoder(volume)
         color = self.color(volume.astype(jnp.float32)) if self.output == "rgb" else None
         blend = None
         if color is None:
             query = self.blend_query(self.blend_norm(volume))
-            blend = jnp.einsum(
-                "n...c,vn...c->nv...", query, delta, preferred_element_type=jnp.float32
-            )
-            blend = blend * self.channels**-0.5
+            blend = fusion.over_delta(fusion.agreement, query, delta, valid)
+            blend = jnp.moveaxis(blend, -1, 1) * self.channels**-0.5
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
 
 
-def _inputs(seen: Array | None, level: Array, ray: Array | None, dtype: Any) -> Array:
-    """Concatenates what the update network reads, at the features' resolution."""
+def _update(
+    network: fusion.UpdateNetwork, inputs: tuple[Array | None, Array, Array | None]
+) -> Array:
+    """Update features [..., y, x, c] from the rendered map, image features and ray encoding."""
+    seen, level, ray = inputs
     parts = [level]
     height, width = level.shape[-3:-1]
     if seen is not None:
         parts.append(ldm.resize(seen, height, width))
     if ray is not None:
         parts.append(ldm.resize(ray, height, width))
-    return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
+    return network(jnp.concatenate([part.astype(network.dtype) for part in parts], axis=-1))
 
 
 def _as_float32(cams: Cameras) -> Cameras:
