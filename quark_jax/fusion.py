@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -214,44 +215,44 @@ class OneToMany(nn.Module):
         per_head = channels if self.folded else channels // self.heads
         if not self.folded and channels % self.heads:
             raise ValueError(f"{channels} channels do not divide into {self.heads} heads")
-        shape = (self.heads, per_head)
 
-        def dense(name: str, scale: float = 1.0) -> nn.DenseGeneral:
-            init = layers.scaled_init(scale)
-            return nn.DenseGeneral(
-                shape, use_bias=False, dtype=self.dtype, kernel_init=init, name=name
-            )
+        def matrix(name: str, ins: tuple[int, ...], outs: tuple[int, ...], scale=1.0) -> Array:
+            return Matrix(ins, outs, scale, name=name)().astype(self.dtype)
 
-        query = dense("query", self.query_scale)(
-            layers.RMSNorm(dtype=self.dtype, name="norm")(volume)
-        )
-        if self.uniform:
-            query = jnp.zeros_like(query)
-        kernels = None
-        if not self.folded:
-            kernels = [self._kernel(dense(name), channels) for name in ("key", "value")]
+        # Plain arrays: a layer of the network cannot be called inside of the loop over layers.
+        one, many = (channels,), (self.heads, per_head)
+        to_query = matrix("query", one, many, self.query_scale)
+        raw = self.folded
+        to_key, to_value = (None if raw else matrix(n, one, many) for n in ("key", "value"))
+        to_output = matrix("output", many, one, self.residual_scale)
 
-        def mix(query: Array, delta: Array, valid: Array) -> Array:
-            keys = values = delta
-            if kernels is not None:
-                keys, values = (jnp.einsum("...c,caf->...af", delta, k) for k in kernels)
-            return attend(query, keys, values, valid, per_head**-0.5)
+        def change(volume: Array, delta: Array, valid: Array) -> Array:
+            query = jnp.einsum("...c,caf->...af", volume, to_query)
+            if self.uniform:
+                query = jnp.zeros_like(query)
+            keys = delta if raw else jnp.einsum("...c,caf->...af", delta, to_key)
+            values = delta if raw else jnp.einsum("...c,caf->...af", delta, to_value)
+            mixed = attend(query, keys, values, valid, per_head**-0.5)
+            return jnp.einsum("...af,afc->...c", mixed.astype(self.dtype), to_output)
 
-        mixed = over_delta(mix, query, delta, valid)
-        output = nn.DenseGeneral(
-            channels,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=layers.scaled_init(self.residual_scale),
-            name="output",
-        )(mixed)
-        return volume + output
+        normed = layers.RMSNorm(dtype=self.dtype, name="norm")(volume)
+        return volume + over_delta(change, normed, delta, valid)
 
-    def _kernel(self, projection: nn.DenseGeneral, channels: int) -> Array:
-        """A projection's weights: its layer cannot be called inside of a loop over layers."""
-        projection(jnp.zeros((1, channels), self.dtype))
-        return projection.variables["params"]["kernel"].astype(self.dtype)
+
+class Matrix(nn.Module):
+    """Weights of a linear map without bias, [*ins, *outs] float32, as a dense layer names them."""
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Array:
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            flat = (math.prod(self.ins), math.prod(self.outs))
+            return layers.scaled_init(self.scale)(key, flat, dtype).reshape(shape)
+
+        return self.param("kernel", init, (*self.ins, *self.outs), jnp.float32)
 
 
 class LayerCollapse(nn.Module):
