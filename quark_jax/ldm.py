@@ -109,12 +109,20 @@ def project(depth: Array, target: Cameras, view: Cameras) -> Projection:
     """
     chex.assert_shape(depth, (None, target.height, target.width))
     view_from_target = cameras.compose(cameras.invert(view.world_from_cam), target.world_from_cam)
-    rays = cameras.camera_rays(target.intrinsics, cameras.pixel_grid(target.height, target.width))
-    # Rays are turned once; what is left for every layer is a multiplication by its depth.
-    turned = jnp.einsum("ij,yxj->yxi", view_from_target[:3, :3], rays, precision="highest")
-    points = turned[None] * depth[..., None] + view_from_target[:3, 3].reshape(1, 1, 1, 3)
-    uv, z = cameras.project_camera(view.intrinsics, points)
+    dtype = depth.dtype
+    fx, fy, cx, cy = jnp.asarray(target.intrinsics)
+    # Coordinates are planes of their own, which is several times faster than triples. Rays are
+    # turned once; what is left for every layer is a multiplication by its depth.
+    x = ((jnp.arange(target.width, dtype=dtype) + 0.5 - cx) / fx).reshape(1, 1, -1)
+    y = ((jnp.arange(target.height, dtype=dtype) + 0.5 - cy) / fy).reshape(1, -1, 1)
+    right, down, z = (
+        (row[0] * x + row[1] * y + row[2]) * depth + row[3] for row in view_from_target[:3]
+    )
     front = z > MIN_VIEW_DEPTH * target.near
+    # Clamped so that a point behind the camera gives a finite pixel and gradient.
+    safe = jnp.maximum(z, cameras.MIN_DEPTH)
+    fx, fy, cx, cy = jnp.asarray(view.intrinsics)
+    uv = jnp.stack([right / safe * fx + cx, down / safe * fy + cy], axis=-1)
     valid = front & sampling.inside(uv, view.height, view.width)
     size = jnp.array([view.width, view.height], uv.dtype).reshape(1, 1, 1, 2)
     # What lies behind the camera is moved out of the image: it can then neither be gathered

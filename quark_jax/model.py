@@ -6,7 +6,6 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,65 +17,7 @@ from einops import rearrange, repeat
 from nvs_common import cameras, layers
 from nvs_common.types import Array, Cameras, Render, Views
 from quark_jax import drawing, encoder, fusion, ldm
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One row of Tab. 8: the initialisation or one update-and-fuse step.
-
-    Attributes:
-      level: pyramid level of the features; the volume's grid is 2^-level of the finest.
-      blocks: repetitions of (attention, convolutions).
-      heads: attention heads.
-      convs: residual convolution blocks after each attention.
-      collapse: halve the number of layers first.
-    """
-
-    level: int
-    blocks: int
-    heads: int
-    convs: int
-    collapse: bool = False
-
-
-# Initialise, then U&F 0 to 4, as in Tab. 8.
-PAPER_STAGES = (
-    Stage(level=3, blocks=3, heads=4, convs=2),
-    Stage(level=3, blocks=3, heads=4, convs=2),
-    Stage(level=2, blocks=3, heads=4, convs=2),
-    Stage(level=2, blocks=2, heads=4, convs=1),
-    Stage(level=1, blocks=2, heads=2, convs=1, collapse=True),
-    Stage(level=0, blocks=2, heads=1, convs=1, collapse=True),
-)
-
-
-class Fused(nn.Module):
-    """Alternating attention and convolutions of one stage (Eq. 9 and 10)."""
-
-    stage: Stage
-    folded: bool
-    uniform: bool
-    residual_scale: float
-    query_scale: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, volume: Array, delta: Array | fusion.Unstored, valid: Array) -> Array:
-        """volume [n, l, y, x, c], delta [v, n, l, y, x, c], valid [v, n, l, y, x]."""
-        for block in range(self.stage.blocks):
-            volume = fusion.OneToMany(
-                self.stage.heads,
-                self.folded,
-                self.uniform,
-                self.residual_scale,
-                self.query_scale,
-                self.dtype,
-                name=f"attention{block}",
-            )(volume, delta, valid)
-            for conv in range(self.stage.convs):
-                name = f"conv{block}_{conv}"
-                volume = layers.ConvBlock(self.residual_scale, self.dtype, name=name)(volume)
-        return volume
+from quark_jax.stages import PAPER_STAGES, Fused, Stage
 
 
 class Quark(nn.Module):
@@ -190,23 +131,76 @@ class Quark(nn.Module):
         """Renders targets [b, t] from context [b, v] and its `encode`d features."""
         return self._solve_and_draw(context, features, targets)[0]
 
-    def render_stages(self, context: Views, targets: Cameras) -> tuple[Render, list[ldm.Logits]]:
-        """Renders targets and returns the map after every stage, [(b t), l, y, x], for losses."""
-        return self._solve_and_draw(context, self.encode(context), targets)
+    def render_stages(
+        self, context: Views, targets: Cameras, window: ldm.Window | None = None
+    ) -> tuple[Render, list[ldm.Logits]]:
+        """Renders targets, or windows of them, and returns the map after every stage, for losses.
+
+        Args:
+          context: [b, v].
+          targets: [b, t].
+          window: what to draw of each target, corners [b, t]; the maps are those of all of it.
+
+        Returns:
+          The pictures [b, t] and maps [(b t), l, y, x].
+        """
+        return self._solve_and_draw(context, self.encode(context), targets, window)
 
     def _solve_and_draw(
-        self, context: Views, features: list[Array], targets: Cameras
+        self,
+        context: Views,
+        features: list[Array],
+        targets: Cameras,
+        window: ldm.Window | None = None,
     ) -> tuple[Render, list[ldm.Logits]]:
-        num_targets = targets.near.shape[1]
+        count = targets.near.shape[1]
+        context = context.replace(cameras=_as_float32(context.cameras))
+        targets = _as_float32(targets)
+        if self.stream and count > 1:
+            return self._one_after_another(context, features, targets, window)
+        views = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=count), context.cameras)
         flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), targets)
-        flat = _as_float32(flat)
-        per_target = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), context)
-        per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
-        stages = self.solve(per_target.cameras, features, flat)
+        stages = self.solve(views, features, flat)
+        unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=count)  # noqa: E731
+        maps = jax.tree.map(unflatten, stages[-1])
+        return self._draw(maps, context, targets, window), stages
 
+    def _one_after_another(
+        self,
+        context: Views,
+        features: list[Array],
+        targets: Cameras,
+        window: ldm.Window | None,
+    ) -> tuple[Render, list[ldm.Logits]]:
+        """Renders targets [b, t] in the memory of one of each scene."""
+        corners = None if window is None else window[:2]
+
+        def one(model: Quark, carry: None, xs: Any) -> tuple[None, Any]:
+            target, corner = jax.tree.map(lambda x: x[:, None], xs)
+            part = None if corner is None else ldm.Window(*corner, *window[2:])
+            rendered, stages = model._solve_and_draw(context, features, target, part)
+            return carry, (jax.tree.map(lambda x: x[:, 0], rendered), stages)
+
+        loop = nn.scan(
+            one,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        rendered, stages = loop(self, None, (targets, corners))[1]
+        return rendered, jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), stages)
+
+    def _draw(
+        self, maps: ldm.Logits, context: Views, targets: Cameras, window: ldm.Window | None
+    ) -> Render:
+        """Draws maps [b, t] of targets [b, t] from the images of context [b, v]."""
         draw = drawing.draw if self.stream else ldm.upsample_activate
+        corners = None if window is None else window[:2]
 
-        def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
+        def one(
+            logits: ldm.Logits, target: Cameras, corner: tuple[Array, Array] | None, views: Views
+        ) -> Render:
             return draw(
                 logits,
                 target,
@@ -214,11 +208,12 @@ class Quark(nn.Module):
                 opaque_background=self.opaque_background,
                 unseen=self.unseen,
                 mask_invalid=self.mask_invalid,
+                window=None if corner is None else ldm.Window(*corner, *window[2:]),
             )
 
-        rendered = jax.vmap(one)(stages[-1], flat, per_target)
-        unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets)  # noqa: E731
-        return jax.tree.map(unflatten, rendered), stages
+        # Targets of a scene share its images: they are not repeated.
+        over_targets = jax.vmap(one, in_axes=(0, 0, 0, None))
+        return jax.vmap(over_targets)(maps, targets, corners, context)
 
     def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
         """Solves one layered depth map for each target.

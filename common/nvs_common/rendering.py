@@ -121,7 +121,8 @@ def render_targets(
       targets: [t], of the size to render; near and far are set from the inputs, see `bounded`.
       inputs: [t, v] indices of the scene's views.
       read: reader of the scene's images, to share its cache.
-      chunk: targets a call; the last chunk is filled up so that there is one shape.
+      chunk: targets a call; the last chunk is filled up, so that there are two shapes at most:
+        targets with the same inputs, which are read and encoded once, and with different ones.
 
     Yields:
       t results in the order of the targets.
@@ -132,15 +133,26 @@ def render_targets(
     count = len(inputs)
     for start in range(0, count, chunk):
         index = np.minimum(np.arange(start, start + chunk), count - 1)
-        images = np.stack([read(row) for row in inputs[index]])
-        context = Views(images, take(scene.cameras, inputs[index]))
+        rows, columns = _grouped(inputs[index])
+        images = np.stack([read(row) for row in rows])
+        context = Views(images, take(scene.cameras, rows))
         began = time.perf_counter()
-        result = function(variables, context, take(targets, index[:, None]))
+        result = function(variables, context, take(targets, index.reshape(len(rows), columns)))
         rendered, depth = jax.device_get((result.images, result.depth))
         seconds = (time.perf_counter() - began) / chunk
         for k in range(min(chunk, count - start)):
-            image = np.clip(np.asarray(rendered[k, 0], np.float32), 0.0, 1.0)
-            yield Rendered(image, None if depth is None else np.asarray(depth[k, 0]), seconds)
+            at = divmod(k, columns)
+            image = np.clip(np.asarray(rendered[at], np.float32), 0.0, 1.0)
+            yield Rendered(image, None if depth is None else np.asarray(depth[at]), seconds)
+
+
+def _grouped(inputs: np.ndarray) -> tuple[np.ndarray, int]:
+    """Inputs [b, v] of a call for targets with inputs [t, v], and targets a scene, t / b.
+
+    Targets that have the same inputs, in any order, are one scene: it is encoded once.
+    """
+    ordered = np.sort(inputs, axis=1)
+    return (inputs[:1], len(inputs)) if np.all(ordered == ordered[:1]) else (inputs, 1)
 
 
 @functools.lru_cache(maxsize=8)
