@@ -56,4 +56,4 @@ def cut(views: Views, window: ldm.Window | None) -> Views:
         pixels = jax.lax.dynamic_slice(jnp.asarray(view.images), corner, (height, width, 3))
         return Views(pixels, cameras.crop(view.cameras, top, left, height, width))
 
-    return jax.vmap(jax.vmap(one))(views, top, left)
+    return jax.vmap(jax.vmap(one))(views, jnp.asarray(top), jnp.asarray(left))

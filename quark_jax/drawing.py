@@ -8,6 +8,7 @@ view again. For few pixels `ldm.upsample_activate` is faster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -55,22 +56,27 @@ def draw(
     if logits.color is None and logits.blend is None:
         raise ValueError("the map has neither blend logits nor colours")
     num_layers = logits.depth.shape[0]
-    size = (target.height, target.width, window)
     camera = ldm.crop(target, window)
+
+    def full(plane: Array) -> Array:
+        return ldm.resize_plane(plane, target.height, target.width, window=window)
 
     def layer(canvas: _Canvas, xs: tuple[Array, Array, ldm.Logits]) -> tuple[_Canvas, None]:
         index, anchor, planes = xs
-        depth = ldm.depth_in_band(
-            ldm.resize_plane(planes.depth, *size), anchor, num_layers, target.near, target.far
-        )
-        alpha = jax.nn.sigmoid(ldm.resize_plane(planes.density, *size))
+        near, far = target.near, target.far
+        depth = ldm.depth_in_band(full(planes.depth), anchor, num_layers, near, far)
+        alpha = jax.nn.sigmoid(full(planes.density))
         if opaque_background:
             alpha = jnp.where(index == 0, 1.0, alpha)
         if planes.color is not None:
-            color = jax.nn.sigmoid(ldm.resize(planes.color.astype(alpha.dtype), *size))
+            color = jax.nn.sigmoid(
+                jnp.stack([full(x) for x in jnp.unstack(planes.color, axis=-1)], -1)
+            )
         else:
-            blend = (context, planes.blend)
-            color = _blended(blend, depth, camera, size, unseen == "edge", mask_invalid)
+            assert planes.blend is not None  # the map has colours or blend logits
+            color = _blended(
+                (context, planes.blend), full, depth, camera, unseen == "edge", mask_invalid
+            )
         return _over(canvas, color, depth, alpha), None
 
     blend = None if logits.blend is None else jnp.moveaxis(logits.blend, 1, 0)
@@ -100,17 +106,20 @@ def _over(canvas: _Canvas, color: Array, depth: Array, alpha: Array) -> _Canvas:
 
 def _blended(
     views: tuple[Views, Array],
+    full: Callable[[Array], Array],
     depth: Array,
     camera: Cameras,
-    size: tuple[int, int, ldm.Window | None],
     edge: bool,
     mask_invalid: bool,
 ) -> Array:
-    """Colour [h, w, 3] of one layer of depth [h, w], from views [v] and blend logits [v, y, x]."""
+    """Colour [h, w, 3] of one layer of depth [h, w], from views [v] and blend logits [v, y, x].
+
+    `full` brings logits [y, x] to the size of the picture.
+    """
 
     def view(blend: _Blend, per_view: tuple[Views, Array]) -> tuple[_Blend, None]:
         context, plane = per_view
-        logit = ldm.resize_plane(plane, *size)
+        logit = full(plane)
         seen = ldm.project(depth[None], camera, context.cameras)
         valid, front = seen.valid[0], seen.front[0]
         # An element that no view sees shows, with `edge`, those that have it in front.

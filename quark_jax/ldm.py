@@ -188,7 +188,7 @@ def splat_to_view(
     return compositing.over(image[..., :-1], jnp.clip(image[..., -1], 0, 1))
 
 
-def resize(x: Array, height: int, width: int, window: Window | None = None) -> Array:
+def resize(x: Array, height: int, width: int, *, window: Window | None = None) -> Array:
     """Resamples the two axes before the last bilinearly; antialiased when it shrinks.
 
     Args:
@@ -211,20 +211,23 @@ def resize(x: Array, height: int, width: int, window: Window | None = None) -> A
     return jax.image.scale_and_translate(x, shape, axes, scale, -corner, "linear", antialias=True)
 
 
-def resize_plane(x: Array, height: int, width: int, window: Window | None = None) -> Array:
+def resize_plane(x: Array, height: int, width: int, *, window: Window | None = None) -> Array:
     """`resize` of planes [..., y, x], in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return resize(wide[..., None], height, width, window)[..., 0]
+    return resize(wide[..., None], height, width, window=window)[..., 0]
 
 
 def upsample(logits: Logits, height: int, width: int, window: Window | None = None) -> Logits:
     """Upsamples logits to the output's size, or a window of it, before activation (Sec. 3.2.3)."""
-    size = (height, width, window)
+
+    def planes(x: Array) -> Array:
+        return resize_plane(x, height, width, window=window)
+
     return Logits(
-        resize_plane(logits.depth, *size),
-        resize_plane(logits.density, *size),
-        None if logits.blend is None else resize_plane(logits.blend, *size),
-        None if logits.color is None else resize(logits.color, *size),
+        planes(logits.depth),
+        planes(logits.density),
+        None if logits.blend is None else planes(logits.blend),
+        None if logits.color is None else resize(logits.color, height, width, window=window),
     )
 
 
@@ -284,7 +287,8 @@ def upsample_activate(
     if opaque_background:
         density = density.at[0].set(1.0)
     if full.color is not None:
-        color = jax.nn.sigmoid(full.color.astype(jnp.float32))
+        wide = jnp.promote_types(full.color.dtype, jnp.float32)
+        color = jax.nn.sigmoid(full.color.astype(wide))
     else:
         if full.blend is None:
             raise ValueError("the map has neither blend logits nor colours")

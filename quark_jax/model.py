@@ -154,7 +154,7 @@ class Quark(nn.Module):
         window: ldm.Window | None = None,
     ) -> tuple[Render, list[ldm.Logits]]:
         count = targets.near.shape[1]
-        context = context.replace(cameras=_as_float32(context.cameras))
+        context = Views(context.images, _as_float32(context.cameras))
         targets = _as_float32(targets)
         if self.stream and count > 1:
             return self._one_after_another(context, features, targets, window)
@@ -173,11 +173,10 @@ class Quark(nn.Module):
         window: ldm.Window | None,
     ) -> tuple[Render, list[ldm.Logits]]:
         """Renders targets [b, t] in the memory of one of each scene."""
-        corners = None if window is None else window[:2]
 
         def one(model: Quark, carry: None, xs: Any) -> tuple[None, Any]:
             target, corner = jax.tree.map(lambda x: x[:, None], xs)
-            part = None if corner is None else ldm.Window(*corner, *window[2:])
+            part = _window(corner, window)
             rendered, stages = model._solve_and_draw(context, features, target, part)
             return carry, (jax.tree.map(lambda x: x[:, 0], rendered), stages)
 
@@ -188,7 +187,7 @@ class Quark(nn.Module):
             in_axes=1,
             out_axes=1,
         )
-        rendered, stages = loop(self, None, (targets, corners))[1]
+        rendered, stages = loop(self, None, (targets, _corner(window)))[1]
         return rendered, jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), stages)
 
     def _draw(
@@ -196,11 +195,8 @@ class Quark(nn.Module):
     ) -> Render:
         """Draws maps [b, t] of targets [b, t] from the images of context [b, v]."""
         draw = drawing.draw if self.stream else ldm.upsample_activate
-        corners = None if window is None else window[:2]
 
-        def one(
-            logits: ldm.Logits, target: Cameras, corner: tuple[Array, Array] | None, views: Views
-        ) -> Render:
+        def one(logits: ldm.Logits, target: Cameras, corner: Any, views: Views) -> Render:
             return draw(
                 logits,
                 target,
@@ -208,12 +204,12 @@ class Quark(nn.Module):
                 opaque_background=self.opaque_background,
                 unseen=self.unseen,
                 mask_invalid=self.mask_invalid,
-                window=None if corner is None else ldm.Window(*corner, *window[2:]),
+                window=_window(corner, window),
             )
 
         # Targets of a scene share its images: they are not repeated.
         over_targets = jax.vmap(one, in_axes=(0, 0, 0, None))
-        return jax.vmap(over_targets)(maps, targets, corners, context)
+        return jax.vmap(over_targets)(maps, targets, _corner(window), context)
 
     def solve(self, views: Cameras, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
         """Solves one layered depth map for each target.
@@ -370,6 +366,15 @@ def _update(
     if ray is not None:
         parts.append(ldm.resize(ray, height, width))
     return network(jnp.concatenate([part.astype(network.dtype) for part in parts], axis=-1))
+
+
+def _corner(window: ldm.Window | None) -> Any:
+    """The part of a window that is mapped over: its size is static."""
+    return None if window is None else window[:2]
+
+
+def _window(corner: Any, like: ldm.Window | None) -> ldm.Window | None:
+    return None if like is None else ldm.Window(corner[0], corner[1], like.height, like.width)
 
 
 def _as_float32(cams: Cameras) -> Cameras:

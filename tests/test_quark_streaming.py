@@ -131,10 +131,8 @@ def scene(views: int, seed=0):
     "views, options",
     [
         (1, {}),
-        (3, {}),
         (16, {"unseen": "edge"}),
-        (3, {"unseen": "edge", "mask_invalid": False}),
-        (3, {"mask_invalid": False, "opaque_background": True}),
+        (3, {"unseen": "edge", "mask_invalid": False, "opaque_background": True}),
     ],
 )
 def test_drawing_by_layer_and_view_equals_the_stored_form(x64, views, options):
