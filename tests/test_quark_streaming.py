@@ -203,3 +203,12 @@ def test_gradients_of_a_streaming_model_are_the_same():
 
     for a, b in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(np.abs(a).max())))
+
+
+def test_targets_one_after_another_are_those_of_a_batch():
+    batch = test_quark.make_batch(scenes=2, targets=3)
+    streamed, variables = test_quark.apply_small(stream=True)
+    together = streamed(variables, batch.context, batch.target.cameras)
+    for t in range(3):
+        one = streamed(variables, batch.context, batch.target.cameras[:, t : t + 1])
+        np.testing.assert_allclose(together.images[:, t : t + 1], one.images, atol=1e-5)

@@ -130,10 +130,12 @@ def render_targets(
     read = ImageReader(scene) if read is None else read
     targets = views.bounded(targets, scene.cameras, inputs)
     function = _jitted(render, _mesh(variables))
-    count = len(inputs)
+    count, shared = len(inputs), True
     for start in range(0, count, chunk):
         index = np.minimum(np.arange(start, start + chunk), count - 1)
-        rows, columns = _grouped(inputs[index])
+        # A chunk that is filled up keeps to the form that is already compiled.
+        shared = _same(inputs[index]) and (shared or start + chunk <= count)
+        rows, columns = (inputs[index[:1]], chunk) if shared else (inputs[index], 1)
         images = np.stack([read(row) for row in rows])
         context = Views(images, take(scene.cameras, rows))
         began = time.perf_counter()
@@ -146,13 +148,10 @@ def render_targets(
             yield Rendered(image, None if depth is None else np.asarray(depth[at]), seconds)
 
 
-def _grouped(inputs: np.ndarray) -> tuple[np.ndarray, int]:
-    """Inputs [b, v] of a call for targets with inputs [t, v], and targets a scene, t / b.
-
-    Targets that have the same inputs, in any order, are one scene: it is encoded once.
-    """
+def _same(inputs: np.ndarray) -> bool:
+    """Whether all targets have the same inputs [t, v], in any order."""
     ordered = np.sort(inputs, axis=1)
-    return (inputs[:1], len(inputs)) if np.all(ordered == ordered[:1]) else (inputs, 1)
+    return bool(np.all(ordered == ordered[:1]))
 
 
 @functools.lru_cache(maxsize=8)
