@@ -4,6 +4,12 @@
 
 Variants follow the size after commas: `tiny,photos` trains on photographs, where no true depth is
 known; `tiny,no_ray_encoding` is an ablation of the paper's Tab. 4 (ABLATIONS lists them).
+
+The published training has two phases, 250,000 steps at half the resolution and 350,000 at full:
+
+    python launch/train.py --config=configs/quark.py:quark,half --workdir=runs/half
+    python launch/train.py --config=configs/quark.py:quark --workdir=runs/full \\
+        --config.init_from=runs/half
 """
 
 from typing import Any
@@ -32,18 +38,19 @@ def get_config(arg: str = "tiny") -> Any:
     size, *ablations = arg.split(",")
     config = {"tiny": _tiny, "small": _small, "quark": _quark, "quark_plus": _quark_plus}[size]()
     for name in ablations:
-        {"photos": _photos, **ABLATIONS}[name](config)
+        {"photos": _photos, "half": _half, **ABLATIONS}[name](config)
     return config
 
 
 def _base() -> Any:
-    """Everything the sizes share. Optimiser, schedule, batch and view choice are the paper's; its
-    data sets, half-resolution phase and random crops are not."""
+    """Everything the sizes share. Optimiser, schedule, batch, crops and view choice are the
+    paper's; its data sets are not."""
     return ConfigDict(
         dict(
             system="quark",
             seed=0,
-            num_steps=600_000,
+            num_steps=350_000,
+            init_from="",
             batch_size=16,
             accumulate=1,
             log_every=50,
@@ -56,7 +63,8 @@ def _base() -> Any:
             profile=(0, 0),
             optim=dict(
                 learning_rate=1.5e-4,
-                warmup_steps=20_000,
+                # Adam's moments start anew with the second phase.
+                warmup_steps=1_000,
                 schedule="warmup_hold_cosine",
                 decay_steps=60_000,
                 b1=0.9,
@@ -67,8 +75,8 @@ def _base() -> Any:
             mesh=dict(data=-1, fsdp=1, tensor=1, context=1),
             data=dict(
                 source="procedural",
-                height=288,
-                width=512,
+                height=1080,
+                width=1920,
                 num_context=8,
                 num_target=1,
                 choice="nearest_random",
@@ -106,6 +114,8 @@ def _base() -> Any:
                 unseen="black",
                 query_scale=0.1,
                 sweep_planes=0,
+                # A layer and view at a time; `tiny` has room for all at once, which is faster.
+                stream=True,
                 dtype="float32",
             ),
             # Perceptual weights are the user's own file; without them the loss is L1 alone.
@@ -115,6 +125,8 @@ def _base() -> Any:
                 lpips_weights="",
                 depth_weight=0.0,
                 temporal_weight=0.0,
+                # Side of the random window of the target that is drawn and compared; 0 is all.
+                crop=512,
             ),
         )
     )
@@ -127,7 +139,6 @@ def _quark() -> Any:
 def _quark_plus() -> Any:
     config = _base()
     config.model.update(grid_area=432 * 768, layers=8)
-    config.data.update(height=432, width=768)
     return config
 
 
@@ -147,9 +158,10 @@ def _tiny() -> Any:
     config.model.update(grid_area=32 * 56, layers=4, stages=TINY_STAGES)
     config.model.update(encoder_blocks=(1, 1), update_blocks=1, appearance_channels=8)
     # Queries that differ from the start tell how far the views agree, which a mean cannot.
-    config.model.update(unseen="edge", query_scale=3.0)
+    config.model.update(unseen="edge", query_scale=3.0, stream=False)
     # Eight minutes are too few to discover what agreement is; see `quark_jax/prior.py`.
     config.model.update(sweep_planes=64, density_bias=0.0)
+    config.loss.crop = 0
     return config
 
 
@@ -157,7 +169,7 @@ def _small() -> Any:
     """The network of `tiny`, trained for an hour on two CPU cores to carry over to photographs:
     from neighbouring frames of a video to steps of several metres, with noise and exposure."""
     config = _tiny()
-    config.update(num_steps=9_000, eval_every=1_500, checkpoint_every=1_500, ema=0.999)
+    config.update(num_steps=8_000, eval_every=1_000, checkpoint_every=1_000, ema=0.999)
     config.optim.update(warmup_steps=200, b2=0.999)
     config.data.update(num_context=6, nearest=10, views_per_scene=18, baseline=(0.008, 0.3))
     config.data.update(noise=0.01, exposure_jitter=0.03)
@@ -168,6 +180,15 @@ def _photos(config: Any) -> None:
     """For scenes without true depth: name them with --config.data.source=PATH."""
     config.data.with_depth = False
     config.loss.depth_weight = 0.0
+
+
+def _half(config: Any) -> None:
+    """The first phase: images and map at half the resolution, smaller crops, no decay yet."""
+    config.data.update(height=config.data.height // 2, width=config.data.width // 2)
+    config.model.grid_area //= 4
+    config.loss.crop //= 2
+    config.num_steps = 250_000
+    config.optim.update(warmup_steps=20_000, decay_steps=0)
 
 
 def _fewer_iterations(config: Any) -> None:

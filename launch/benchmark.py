@@ -1,6 +1,13 @@
-"""Measures the library, side by side in one run: python launch/benchmark.py NAME
+r"""Measures the library, side by side in one run: python launch/benchmark.py NAME
 
   quark   time of each stage of a forward pass, peak memory, training rate and data wait
+
+With --model it measures a forward pass at the published sizes instead, one table for each of
+--views, --dtypes and --attention, and compares each stage with what the machine reaches in plain
+products and convolutions:
+
+    python launch/benchmark.py quark --model=quark --size=1080x1920 --views=4,8,16,32 \\
+        --dtypes=float32,bfloat16 --attention=folded,unfolded --repeats=3
 
 Prints a Markdown table; with --out it is also written to a file. Times are medians on the
 devices JAX finds; memory is what XLA planned for the compiled program (arguments, results and
@@ -9,13 +16,15 @@ temporaries), which on a CPU or GPU is its peak.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 # launch/ and configs/ belong to the checkout and are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -25,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from launch import cli, tasks
+from launch import arithmetic, cli, tasks
 from nvs_common import errors, runs, train
 from nvs_common.data import pipeline
 from nvs_common.types import Batch, Cameras, Views
@@ -33,7 +42,11 @@ from quark_jax import task as quark_task
 
 _CONFIG = cli.define_config(required=False)
 _OUT = flags.DEFINE_string("out", None, "File for the table (Markdown).")
-_VIEWS = flags.DEFINE_integer("views", None, "Input views; the config's by default.")
+_VIEWS = flags.DEFINE_list("views", None, "Input views, one number or several; the config's.")
+_MODEL = flags.DEFINE_enum("model", None, ["tiny", "quark", "quark_plus"], "Instead of --config.")
+_DTYPES = flags.DEFINE_list("dtypes", None, "Compute types, for --model; the config's by default.")
+_ATTENTION = flags.DEFINE_list("attention", ["folded"], "folded, unfolded or both, for --model.")
+_STREAM = flags.DEFINE_bool("stream", None, "model.stream, for --model; the config's by default.")
 _SIZE = flags.DEFINE_string("size", None, "Image size as HxW; the config's by default.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions; the median is shown.")
 _STEPS = flags.DEFINE_integer("steps", 60, "Training steps to measure; 0 leaves training out.")
@@ -52,9 +65,67 @@ def main(argv) -> None:
 
 def quark() -> list[str]:
     """Stages of a forward pass of one scene and one target, and the training loop."""
+    if _MODEL.value:
+        return quark_sizes()
     config: Any = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
+    counts = _view_counts(config)
+    lines = []
+    for views in counts:
+        measured = forward(config, views)
+        rows = [(stage.name, f"{1e3 * stage.seconds:.1f}") for stage in measured.stages]
+        rows.append(("whole forward pass", f"{1e3 * measured.seconds:.1f}"))
+        lines += [measured.title, "", *table(("stage", "ms"), rows), ""]
+    return lines + (training(config) if _STEPS.value else [])
+
+
+def quark_sizes() -> list[str]:
+    """Forward passes of one size for several numbers of views, types and forms of attention."""
+    config: Any = cli.load_config(f"configs/quark.py:{_MODEL.value}")
+    if _STREAM.value is not None:
+        config.model.stream = _STREAM.value
+    lines = []
+    for dtype in _DTYPES.value or [config.model.dtype]:
+        product, convolution = (1e-9 * rate for rate in ceilings(quark_task.DTYPES[dtype]))
+        lines += [f"{dtype}: matrix product {product:.1f} GMAC/s, 3x3 convolution of 32 channels"]
+        lines[-1] += f" {convolution:.1f} GMAC/s"
+        for form, views in itertools.product(_ATTENTION.value, _view_counts(config)):
+            if form not in ("folded", "unfolded"):
+                raise errors.InputError(f"--attention={form}: expected folded or unfolded")
+            config.model.update(dtype=dtype, folded_attention=form == "folded")
+            measured = forward(config, views)
+            whole = sum(stage.products for stage in measured.stages)
+            stages = [*measured.stages, Stage("whole forward pass", measured.seconds, whole)]
+            rows = [stage.row(convolution) for stage in stages]
+            head = ("stage", "ms", "GMAC", "GMAC/s", "of the convolution's")
+            lines += ["", f"{measured.title}, {form}", "", *table(head, rows), ""]
+    return lines
+
+
+class Stage(NamedTuple):
+    """One stage: its time and its multiply-adds in products and convolutions."""
+
+    name: str
+    seconds: float
+    products: float
+
+    def row(self, ceiling: float) -> tuple[str, ...]:
+        """A row of a table; `ceiling` is in GMAC/s."""
+        rate = 1e-9 * self.products / max(self.seconds, 1e-9)
+        time_, count = f"{1e3 * self.seconds:.1f}", f"{1e-9 * self.products:.2f}"
+        return self.name, time_, count, f"{rate:.1f}", f"{100 * rate / ceiling:.0f} %"
+
+
+class Forward(NamedTuple):
+    """A measured forward pass."""
+
+    title: str
+    stages: list[Stage]
+    seconds: float
+
+
+def forward(config, views: int) -> Forward:
+    """Measures the stages of a forward pass of one scene and one target."""
     height, width = _size(config)
-    views = _VIEWS.value or config.data.num_context
     module = quark_task.make_module(config.model)
     batch = random_batch(1, views, 1, height, width)
     targets = batch.target.cameras
@@ -64,31 +135,48 @@ def quark() -> list[str]:
         """The forward pass up to a stage: what later stages would add is never computed."""
 
         def run(variables, context):
-            features = module.apply(variables, context, method="encode")
             if stage < 0:
-                return features
+                return module.apply(variables, context, method="encode")
             output: Any = module.apply(variables, context, targets, method="render_stages")
             rendered, stages = output
             # A stage is judged by its density; the last by all logits, then by the picture.
             return stages[stage] if stage < len(stages) else rendered
 
-        return jax.jit(run)
+        return run
 
     names = ["encode inputs", "initialise"]
     names += [f"update & fuse {i}" for i in range(len(module.stages) - 1)]
     names += ["upsample, activate, render"]
-    rows, before = [], 0.0
+    stages, seconds, products = [], 0.0, 0.0
     compiled = None
-    for stage, stage_name in enumerate(names, start=-1):
-        compiled = until(stage).lower(variables, batch.context).compile()
-        seconds = median_seconds(compiled, variables, batch.context)
-        rows.append((stage_name, f"{1e3 * (seconds - before):.1f}"))
-        before = seconds
-    rows.append(("whole forward pass", f"{1e3 * before:.1f}"))
-    lines = [f"`{config.system}`, {views} inputs, {height}x{width}, grid_area"]
-    lines[0] += f" {config.model.grid_area}, {config.model.dtype}: peak {peak(compiled):.0f} MiB"
-    lines += ["", *table(("stage", "ms"), rows)]
-    return lines + (["", *training(config)] if _STEPS.value else [])
+    for index, name in enumerate(names, start=-1):
+        function = until(index)
+        compiled = jax.jit(function).lower(variables, batch.context).compile()
+        total = median_seconds(compiled, variables, batch.context)
+        count = arithmetic.multiply_adds(function, variables, batch.context)
+        stages.append(Stage(name, total - seconds, count - products))
+        seconds, products = total, count
+    title = f"`{config.system}`, {views} inputs, {height}x{width}, grid_area"
+    title += f" {config.model.grid_area}, {config.model.dtype}: peak {peak(compiled):.0f} MiB"
+    return Forward(title, stages, seconds)
+
+
+def ceilings(dtype: Any) -> tuple[float, float]:
+    """Multiply-adds a second of a large matrix product and of the network's convolution."""
+    square = jnp.ones((2048, 2048), dtype)
+    image, kernel = jnp.ones((6, 288, 512, 32), dtype), jnp.ones((3, 3, 32, 32), dtype)
+    product = jax.jit(jnp.matmul).lower(square, square).compile()
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    convolution = jax.jit(convolve).lower(image, kernel).compile()
+    return (
+        2048**3 / median_seconds(product, square, square),
+        image.size * 9 * 32 / median_seconds(convolution, image, kernel),
+    )
 
 
 def training(config) -> list[str]:
@@ -159,6 +247,15 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 BENCHMARKS = {"quark": quark}
+
+
+def _view_counts(config) -> list[int]:
+    if _VIEWS.value is None:
+        return [config.data.num_context]
+    if not all(text.isdecimal() and int(text) for text in _VIEWS.value):
+        given = ",".join(_VIEWS.value)
+        raise errors.InputError(f"--views={given}: expected whole numbers such as 4,8")
+    return [int(text) for text in _VIEWS.value]
 
 
 def _size(config) -> tuple[int, int]:

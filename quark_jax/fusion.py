@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +13,59 @@ import jax.numpy as jnp
 
 from nvs_common import layers, photoconsistency
 from nvs_common.types import Array
-from quark_jax import prior
+from quark_jax import ldm, prior
+
+
+class Unstored(NamedTuple):
+    """Update features before they are gathered: what `delta` is where it is never held whole.
+
+    Attributes:
+      features: [v, n, y, x, c] in the views' images.
+      uv: [v, n, l, y, x, 2] where the elements of the volume fall in them, as fractions.
+    """
+
+    features: Array
+    uv: Array
+
+
+def over_delta(
+    function: Callable[[Array, Array, Array], Array],
+    query: Array,
+    delta: Array | Unstored,
+    valid: Array,
+) -> Array:
+    """Applies a function of single elements to queries and update features.
+
+    Unstored features are gathered a layer at a time, for this function alone, and again in the
+    backward pass: of [v, n, l, y, x, c] only one layer ever exists.
+
+    Args:
+      function: (query [n, ..., *], delta [v, n, ..., c], valid [v, n, ...]) -> [n, ..., *].
+      query: [n, l, y, x, *].
+      delta: [v, n, l, y, x, c], or what they are gathered from.
+      valid: [v, n, l, y, x].
+
+    Returns:
+      [n, l, y, x, *].
+    """
+    if not isinstance(delta, Unstored):
+        return function(query, delta, valid)
+
+    def view(per_view: tuple[Array, Array]) -> Array:
+        return jax.vmap(ldm.back_project)(*per_view)
+
+    def layer(per_layer: tuple[Array, Array, Array]) -> Array:
+        query, uv, valid = per_layer
+        # A loop, so that the result is stored once and not recomputed by each of its readers.
+        gathered = jax.lax.map(jax.checkpoint(view), (delta.features, uv))
+        return function(query, gathered, valid)
+
+    layers_first = (
+        jnp.moveaxis(query, 1, 0),
+        jnp.moveaxis(delta.uv, 2, 0),
+        jnp.moveaxis(valid, 2, 0),
+    )
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(layer), layers_first), 0, 1)
 
 
 def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float) -> Array:
@@ -30,6 +84,15 @@ def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float)
     if keys.ndim == query.ndim:
         keys, values = keys[..., None, :], values[..., None, :]
     return _attend(query * scale, keys, values, masked(valid))
+
+
+def agreement(query: Array, delta: Array, valid: Array) -> Array:
+    """Products of queries [n, ..., c] with each view's features [v, n, ..., c]: [n, ..., v].
+
+    Views that do not see an element are masked later, where these are blend logits.
+    """
+    del valid
+    return jnp.stack([_dot(query, key) for key in _views(delta)], axis=-1)
 
 
 def masked(valid: Array) -> Array:
@@ -146,39 +209,50 @@ class OneToMany(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
+    def __call__(self, volume: Array, delta: Array | Unstored, valid: Array) -> Array:
         """Adds what the views tell: volume [n, ..., c], delta [v, n, ..., c], valid [v, n, ...]."""
         channels = volume.shape[-1]
         per_head = channels if self.folded else channels // self.heads
         if not self.folded and channels % self.heads:
             raise ValueError(f"{channels} channels do not divide into {self.heads} heads")
-        shape = (self.heads, per_head)
 
-        def dense(name: str, scale: float = 1.0) -> nn.DenseGeneral:
-            init = layers.scaled_init(scale)
-            return nn.DenseGeneral(
-                shape, use_bias=False, dtype=self.dtype, kernel_init=init, name=name
-            )
+        def matrix(name: str, ins: tuple[int, ...], outs: tuple[int, ...], scale=1.0) -> Array:
+            return Matrix(ins, outs, scale, name=name)().astype(self.dtype)
 
-        query = dense("query", self.query_scale)(
-            layers.RMSNorm(dtype=self.dtype, name="norm")(volume)
-        )
-        if self.uniform:
-            query = jnp.zeros_like(query)
-        if self.folded:
-            keys = values = delta
-        else:
-            keys, values = dense("key")(delta), dense("value")(delta)
-        mixed = attend(query, keys, values, valid, per_head**-0.5)
-        output = nn.DenseGeneral(
-            channels,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=layers.scaled_init(self.residual_scale),
-            name="output",
-        )(mixed)
-        return volume + output
+        # Plain arrays: a layer of the network cannot be called inside of the loop over layers.
+        one, many = (channels,), (self.heads, per_head)
+        to_query = matrix("query", one, many, self.query_scale)
+        raw = self.folded
+        to_key, to_value = (None if raw else matrix(n, one, many) for n in ("key", "value"))
+        to_output = matrix("output", many, one, self.residual_scale)
+
+        def change(volume: Array, delta: Array, valid: Array) -> Array:
+            query = jnp.einsum("...c,caf->...af", volume, to_query)
+            if self.uniform:
+                query = jnp.zeros_like(query)
+            keys = delta if raw else jnp.einsum("...c,caf->...af", delta, to_key)
+            values = delta if raw else jnp.einsum("...c,caf->...af", delta, to_value)
+            mixed = attend(query, keys, values, valid, per_head**-0.5)
+            return jnp.einsum("...af,afc->...c", mixed.astype(self.dtype), to_output)
+
+        normed = layers.RMSNorm(dtype=self.dtype, name="norm")(volume)
+        return volume + over_delta(change, normed, delta, valid)
+
+
+class Matrix(nn.Module):
+    """Weights of a linear map without bias, [*ins, *outs] float32, as a dense layer names them."""
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> Array:
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            flat = (math.prod(self.ins), math.prod(self.outs))
+            return layers.scaled_init(self.scale)(key, flat, dtype).reshape(shape)
+
+        return self.param("kernel", init, (*self.ins, *self.outs), jnp.float32)
 
 
 class LayerCollapse(nn.Module):
@@ -235,6 +309,20 @@ class BlendPrior(nn.Module):
         against = remote / photoconsistency.FALLOFF * cues.remote[..., None, None, None]
         # Scaled so that a step of the optimiser changes it about as much as the others.
         return -(against + 10 * hidden * cues.hidden + differs * cues.differs)
+
+
+def update_features(
+    network: UpdateNetwork, inputs: tuple[Array | None, Array, Array | None]
+) -> Array:
+    """Update features [..., y, x, c] from the rendered map, image features and ray encoding."""
+    seen, level, ray = inputs
+    parts = [level]
+    height, width = level.shape[-3:-1]
+    if seen is not None:
+        parts.append(ldm.resize(seen, height, width))
+    if ray is not None:
+        parts.append(ldm.resize(ray, height, width))
+    return network(jnp.concatenate([part.astype(network.dtype) for part in parts], axis=-1))
 
 
 class Decode(nn.Module):

@@ -6,8 +6,7 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,67 +16,9 @@ from einops import rearrange, repeat
 
 from nvs_common import cameras, layers
 from nvs_common.types import Array, Cameras, Render, Views
-from quark_jax import encoder, fusion, ldm
+from quark_jax import drawing, encoder, fusion, ldm
 from quark_jax import prior as sweep_prior
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One row of Tab. 8: the initialisation or one update-and-fuse step.
-
-    Attributes:
-      level: pyramid level of the features; the volume's grid is 2^-level of the finest.
-      blocks: repetitions of (attention, convolutions).
-      heads: attention heads.
-      convs: residual convolution blocks after each attention.
-      collapse: halve the number of layers first.
-    """
-
-    level: int
-    blocks: int
-    heads: int
-    convs: int
-    collapse: bool = False
-
-
-# Initialise, then U&F 0 to 4, as in Tab. 8.
-PAPER_STAGES = (
-    Stage(level=3, blocks=3, heads=4, convs=2),
-    Stage(level=3, blocks=3, heads=4, convs=2),
-    Stage(level=2, blocks=3, heads=4, convs=2),
-    Stage(level=2, blocks=2, heads=4, convs=1),
-    Stage(level=1, blocks=2, heads=2, convs=1, collapse=True),
-    Stage(level=0, blocks=2, heads=1, convs=1, collapse=True),
-)
-
-
-class Fused(nn.Module):
-    """Alternating attention and convolutions of one stage (Eq. 9 and 10)."""
-
-    stage: Stage
-    folded: bool
-    uniform: bool
-    residual_scale: float
-    query_scale: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, volume: Array, delta: Array, valid: Array) -> Array:
-        """volume [n, l, y, x, c], delta [v, n, l, y, x, c], valid [v, n, l, y, x]."""
-        for block in range(self.stage.blocks):
-            volume = fusion.OneToMany(
-                self.stage.heads,
-                self.folded,
-                self.uniform,
-                self.residual_scale,
-                self.query_scale,
-                self.dtype,
-                name=f"attention{block}",
-            )(volume, delta, valid)
-            for conv in range(self.stage.convs):
-                name = f"conv{block}_{conv}"
-                volume = layers.ConvBlock(self.residual_scale, self.dtype, name=name)(volume)
-        return volume
+from quark_jax.stages import PAPER_STAGES, Fused, Stage
 
 
 class Quark(nn.Module):
@@ -104,6 +45,9 @@ class Quark(nn.Module):
         views (not published).
       sweep_planes: planes of a sweep that the network starts from, a multiple of its layers, see
         `prior`; 0 is the paper.
+      stream: never hold what belongs to all views and layers at once: features are gathered a
+        layer at a time, anew in every attention, and colours a layer and view at a time; the
+        backward pass computes them again. The same result in less memory.
       dtype: compute type of the network; geometry and compositing are float32.
     """
 
@@ -127,6 +71,7 @@ class Quark(nn.Module):
     unseen: Literal["black", "edge"] = "black"
     query_scale: float = 0.1
     sweep_planes: int = 0
+    stream: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -167,14 +112,13 @@ class Quark(nn.Module):
         ]
         self.final_decoder = fusion.Decode(0, self.density_bias)
         if self.sweep_planes:
+            self.blend_prior = fusion.BlendPrior()
             self.priors = [nn.Dense(self.channels, dtype=self.dtype) for _ in self.stages]
         if self.output == "rgb":
             self.color = nn.Dense(3)
         else:
             self.blend_query = nn.Dense(self.channels, use_bias=False, dtype=self.dtype)
             self.blend_norm = layers.RMSNorm(dtype=self.dtype)
-            if self.sweep_planes:
-                self.blend_prior = fusion.BlendPrior()
 
     def __call__(self, context: Views, targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3]."""
@@ -184,45 +128,111 @@ class Quark(nn.Module):
         """Encodes the inputs once, for any number of targets: levels [b, v, y, x, c]."""
         height, width = context.images.shape[-3:-1]
         size = ldm.grid_size(height, width, self.grid_area, self._multiple)
-        return self.encoder(ldm.resize(context.images.astype(jnp.float32), *size))
+
+        def encode(network: encoder.Encoder, images: Array) -> list[Array]:
+            return network(ldm.resize(images.astype(jnp.float32), *size))
+
+        return self._over_views(encode, self.encoder, context.images)
 
     def render(self, context: Views, features: list[Array], targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v] and its `encode`d features."""
         return self._solve_and_draw(context, features, targets)[0]
 
-    def render_stages(self, context: Views, targets: Cameras) -> tuple[Render, list[ldm.Logits]]:
-        """Renders targets and returns the map after every stage, [(b t), l, y, x], for losses."""
-        return self._solve_and_draw(context, self.encode(context), targets)
+    def render_stages(
+        self, context: Views, targets: Cameras, window: ldm.Window | None = None
+    ) -> tuple[Render, list[ldm.Logits]]:
+        """Renders targets, or windows of them, and returns the map after every stage, for losses.
+
+        Args:
+          context: [b, v].
+          targets: [b, t].
+          window: what to draw of each target, corners [b, t]; the maps are those of all of it.
+
+        Returns:
+          The pictures [b, t] and maps [(b t), l, y, x].
+        """
+        return self._solve_and_draw(context, self.encode(context), targets, window)
 
     def _solve_and_draw(
-        self, context: Views, features: list[Array], targets: Cameras
+        self,
+        context: Views,
+        features: list[Array],
+        targets: Cameras,
+        window: ldm.Window | None = None,
     ) -> tuple[Render, list[ldm.Logits]]:
-        num_targets = targets.near.shape[1]
+        count = targets.near.shape[1]
+        context = Views(context.images, _as_float32(context.cameras))
+        targets = _as_float32(targets)
+        if self.stream and count > 1:
+            return self._one_after_another(context, features, targets, window)
+        views = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=count), context.cameras)
         flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), targets)
-        flat = _as_float32(flat)
-        per_target = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), context)
-        per_target = per_target.replace(cameras=_as_float32(per_target.cameras))
-        stages = self.solve(per_target, features, flat)
+        sweep = None
+        if self.sweep_planes:
+            size = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
+            sweep = sweep_prior.Sweep(context, targets, size, self.sweep_planes)
+        stages = self.solve(views, features, flat, sweep)
+        unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=count)  # noqa: E731
+        maps = jax.tree.map(unflatten, stages[-1])
+        return self._draw(maps, context, targets, window), stages
 
-        def one(logits: ldm.Logits, target: Cameras, views: Views) -> Render:
-            return ldm.upsample_activate(
+    def _one_after_another(
+        self,
+        context: Views,
+        features: list[Array],
+        targets: Cameras,
+        window: ldm.Window | None,
+    ) -> tuple[Render, list[ldm.Logits]]:
+        """Renders targets [b, t] in the memory of one of each scene."""
+
+        def one(model: Quark, carry: None, xs: Any) -> tuple[None, Any]:
+            target, corner = jax.tree.map(lambda x: x[:, None], xs)
+            part = drawing.window_at(corner, window)
+            rendered, stages = model._solve_and_draw(context, features, target, part)
+            return carry, (jax.tree.map(lambda x: x[:, 0], rendered), stages)
+
+        loop = nn.scan(
+            one,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        rendered, stages = loop(self, None, (targets, drawing.corners(window)))[1]
+        return rendered, jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), stages)
+
+    def _draw(
+        self, maps: ldm.Logits, context: Views, targets: Cameras, window: ldm.Window | None
+    ) -> Render:
+        """Draws maps [b, t] of targets [b, t] from the images of context [b, v]."""
+        draw = drawing.draw if self.stream else ldm.upsample_activate
+
+        def one(logits: ldm.Logits, target: Cameras, corner: Any, views: Views) -> Render:
+            return draw(
                 logits,
                 target,
                 views,
                 opaque_background=self.opaque_background,
                 unseen=self.unseen,
                 mask_invalid=self.mask_invalid,
+                window=drawing.window_at(corner, window),
             )
 
-        rendered = jax.vmap(one)(stages[-1], flat, per_target)
-        unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=num_targets)  # noqa: E731
-        return jax.tree.map(unflatten, rendered), stages
+        # Targets of a scene share its images: they are not repeated.
+        over_targets = jax.vmap(one, in_axes=(0, 0, 0, None))
+        return jax.vmap(over_targets)(maps, targets, drawing.corners(window), context)
 
-    def solve(self, context: Views, features: list[Array], targets: Cameras) -> list[ldm.Logits]:
+    def solve(
+        self,
+        views: Cameras,
+        features: list[Array],
+        targets: Cameras,
+        sweep: sweep_prior.Sweep | None = None,
+    ) -> list[ldm.Logits]:
         """Solves one layered depth map for each target.
 
         Args:
-          context: [n, v] inputs of each target; images are read with `sweep_planes` only.
+          views: [n, v] input cameras of each target.
           features: pyramid levels [b, v, y, x, c]; n is a multiple of b, targets of one scene
             side by side.
           targets: [n].
@@ -232,15 +242,14 @@ class Quark(nn.Module):
           has blend logits.
         """
         repeats = targets.near.shape[0] // features[0].shape[0]
-        views = context.cameras
         finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
         rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
         stages: list[ldm.Logits] = []
         volume = self._seed_volume(
             len(targets.near), tuple(n >> self.stages[0].level for n in finest)
         )
-        sweep = _Sweep(context, targets, finest, self.sweep_planes) if self.sweep_planes else None
-        depth_logits, seen, delta = jnp.zeros(volume.shape[:-1]), None, None
+        depth_logits, seen = jnp.zeros(volume.shape[:-1]), None
+        delta, valid = jnp.zeros(()), jnp.ones(())  # of the last stage, when the loop has ended
         for index, stage in enumerate(self.stages):
             grid = tuple(side >> stage.level for side in finest)
             level = repeat(features[stage.level], "b v ... -> (b t) v ...", t=repeats)
@@ -250,18 +259,38 @@ class Quark(nn.Module):
                     volume = self.collapses[str(index)](volume)
                 decode = self.decoders[index - 1]
                 size = features[self.stages[index - 1].level].shape[-3:-1]
-                decoded = decode(volume, _features(sweep, volume))
+                decoded = decode(volume, sweep_prior.read(sweep, volume))
                 stages.append(ldm.Logits(decoded["depth"], decoded["density"]))
                 seen = self._render_to_views(decoded, views, targets, size)
                 volume = ldm.resize(volume, *grid)
-                depth_logits = decode(volume, _features(sweep, volume))["depth"]
+                depth_logits = decode(volume, sweep_prior.read(sweep, volume))["depth"]
             if sweep is not None:
                 volume = volume + self.priors[index](sweep.features(volume).astype(self.dtype))
-            update = self.updates[index](_inputs(seen, level, ray, self.dtype))
+            update = self._over_views(
+                fusion.update_features, self.updates[index], (seen, level, ray)
+            )
             delta, valid = self._back_project(update, depth_logits, views, targets)
             volume = self.fused[index](volume, delta, valid)
-        assert delta is not None  # there is at least one stage
-        return [*stages, self._logits(volume, delta, sweep)]
+        return [*stages, self._logits(volume, delta, valid, sweep)]
+
+    def _over_views(self, function: Callable[[Any, Any], Any], network: nn.Module, xs: Any) -> Any:
+        """function(network, xs) of arrays [n, v, ...]; view by view where the model streams."""
+        if not self.stream:
+            return function(network, xs)
+
+        def view(network: nn.Module, carry: None, x: Any) -> tuple[None, Any]:
+            return carry, function(network, x)
+
+        # The backward pass computes a view again: nothing of all views is kept for it.
+        view = nn.remat(view, prevent_cse=False)
+        scan = nn.scan(
+            view,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        return scan(network, None, xs)[1]
 
     @property
     def _multiple(self) -> int:
@@ -303,12 +332,17 @@ class Quark(nn.Module):
             uv = ldm.project(depth, target, view).uv
             return ldm.splat_to_view(appearance, density, uv, *size, normalize=self.normalize_splat)
 
+        shared = (appearance, density, decoded["depth"], grid_targets)
+        if self.stream:
+            by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), views)
+            view = jax.checkpoint(lambda cams: jax.vmap(one)(*shared, cams))
+            return jnp.moveaxis(jax.lax.map(view, by_view), 0, 1)
         over_views = jax.vmap(one, in_axes=(None, None, None, None, 0))
-        return jax.vmap(over_views)(appearance, density, decoded["depth"], grid_targets, views)
+        return jax.vmap(over_views)(*shared, views)
 
     def _back_project(
         self, update: Array, depth_logits: Array, views: Cameras, targets: Cameras
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array | fusion.Unstored, Array]:
         """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
         grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
 
@@ -317,69 +351,36 @@ class Quark(nn.Module):
         def view(per_view: tuple[Array, Cameras]) -> tuple[Array, Array]:
             features, cams = per_view
             projection = jax.vmap(ldm.project)(depth, grid_targets, cams)
+            if self.stream:
+                return projection.uv, projection.valid
             return jax.vmap(ldm.back_project)(features, projection.uv), projection.valid
 
         # A loop, not a batch: one view's positions and corners exist at a time, and the result
         # is stored once instead of being fused into, and recomputed by, each attention.
         by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (update, views))
         delta, valid = jax.lax.map(jax.checkpoint(view), by_view)
+        if self.stream:
+            delta = fusion.Unstored(by_view[0], delta)
         return delta, valid if self.mask_invalid else jnp.ones_like(valid)
 
-    def _logits(self, volume: Array, delta: Array, sweep: _Sweep | None) -> ldm.Logits:
+    def _logits(
+        self,
+        volume: Array,
+        delta: Array | fusion.Unstored,
+        valid: Array,
+        sweep: sweep_prior.Sweep | None,
+    ) -> ldm.Logits:
         """Reads the finished map off the volume (Sec. 3.2.3)."""
-        decoded = self.final_decoder(volume, _features(sweep, volume))
+        decoded = self.final_decoder(volume, sweep_prior.read(sweep, volume))
         color = self.color(volume.astype(jnp.float32)) if self.output == "rgb" else None
         blend = None
         if color is None:
             query = self.blend_query(self.blend_norm(volume))
-            blend = jnp.einsum(
-                "n...c,vn...c->nv...", query, delta, preferred_element_type=jnp.float32
-            )
-            blend = blend * self.channels**-0.5
+            blend = fusion.over_delta(fusion.agreement, query, delta, valid)
+            blend = jnp.moveaxis(blend, -1, 1) * self.channels**-0.5
             if sweep is not None:
-                blend = blend + self.blend_prior(sweep.cues(decoded))
+                blend = blend + self.blend_prior(sweep.cues(decoded["depth"], decoded["density"]))
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
-
-
-class _Sweep:
-    """The sweep of every target and what stages read of it; no gradient passes through it."""
-
-    def __init__(self, context: Views, targets: Cameras, size: tuple[int, int], planes: int):
-        self._targets = cameras.resize(targets, *size)
-        images = ldm.resize(context.images.astype(jnp.float32), *size)
-        self._context = Views(images, cameras.resize(context.cameras, *size))
-        one = functools.partial(sweep_prior.sweep_costs, planes=planes)
-        self._costs = jax.vmap(one)(self._context, self._targets)
-
-    def features(self, volume: Array) -> Array:
-        """Features [n, l, y, x, f] on the grid and in the layers of a volume [n, l, y, x, c]."""
-        _, num_layers, height, width, _ = volume.shape
-        one = functools.partial(sweep_prior.layer_features, num_layers=num_layers)
-        features = ldm.resize(jax.vmap(one)(self._costs), height, width)
-        return jax.lax.stop_gradient(features)
-
-    def cues(self, decoded: dict[str, Array]) -> sweep_prior.BlendCues:
-        """Leading axis n; of a map on the finest grid."""
-        density = nn.sigmoid(decoded["density"])
-        cues = jax.vmap(sweep_prior.blend_cues)(
-            decoded["depth"], density, self._targets, self._context
-        )
-        return jax.lax.stop_gradient(cues)
-
-
-def _features(sweep: _Sweep | None, volume: Array) -> Array | None:
-    return None if sweep is None else sweep.features(volume)
-
-
-def _inputs(seen: Array | None, level: Array, ray: Array | None, dtype: Any) -> Array:
-    """Concatenates what the update network reads, at the features' resolution."""
-    parts = [level]
-    height, width = level.shape[-3:-1]
-    if seen is not None:
-        parts.append(ldm.resize(seen, height, width))
-    if ray is not None:
-        parts.append(ldm.resize(ray, height, width))
-    return jnp.concatenate([part.astype(dtype) for part in parts], axis=-1)
 
 
 def _as_float32(cams: Cameras) -> Cameras:

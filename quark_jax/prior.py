@@ -11,6 +11,7 @@ Functions take one target and its context [v], as in `ldm`. Dimension key: k pla
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,44 @@ class BlendCues(NamedTuple):
     remote: Array
     hidden: Array
     differs: Array
+
+
+class Sweep:
+    """The sweeps of many targets and what the network reads of them."""
+
+    def __init__(self, context: Views, targets: Cameras, size: tuple[int, int], planes: int):
+        """Sweeps targets [b, t] through context [b, v], both resized to the map's size."""
+        images = ldm.resize(jnp.asarray(context.images, jnp.float32), *size)
+        self._context = Views(images, cameras.resize(context.cameras, *size))
+        self._targets = cameras.resize(targets, *size)
+        one = functools.partial(sweep_costs, planes=planes)
+        over_targets = jax.vmap(one, in_axes=(None, 0))
+        costs = jax.vmap(over_targets)(self._context, self._targets)
+        self._costs = costs.reshape(-1, *costs.shape[2:])
+
+    def features(self, volume: Array) -> Array:
+        """Features [n, l, y, x, f] on the grid and in the layers of a volume [n, l, y, x, c].
+
+        n is b times t, targets of one scene side by side.
+        """
+        _, num_layers, height, width, _ = volume.shape
+        one = functools.partial(layer_features, num_layers=num_layers)
+        features = ldm.resize(jax.vmap(one)(self._costs), height, width)
+        return jax.lax.stop_gradient(features)
+
+    def cues(self, depth_logits: Array, density_logits: Array) -> BlendCues:
+        """Cues with leading [n] for maps [n, l, y, x] on the finest grid."""
+        count = self._targets.near.shape[1]
+        shape = (-1, count, *depth_logits.shape[1:])
+        depth, density = depth_logits.reshape(shape), jax.nn.sigmoid(density_logits).reshape(shape)
+        over_targets = jax.vmap(blend_cues, in_axes=(0, 0, 0, None))
+        cues = jax.vmap(over_targets)(depth, density, self._targets, self._context)
+        return jax.tree.map(lambda x: jax.lax.stop_gradient(x.reshape(-1, *x.shape[2:])), cues)
+
+
+def read(sweep: Sweep | None, volume: Array) -> Array | None:
+    """What a model without a sweep, or with one, reads of it: see `Sweep.features`."""
+    return None if sweep is None else sweep.features(volume)
 
 
 def sweep_costs(context: Views, target: Cameras, planes: int) -> Array:

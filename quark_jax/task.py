@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nvs_common import losses, metrics, perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
-from quark_jax import ldm, model, supervision
+from quark_jax import crops, ldm, model, supervision
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 CHOICES = {"dtype": tuple(DTYPES), "output": ("blend", "rgb"), "unseen": ("black", "edge")}
@@ -40,13 +40,14 @@ def make(config: Any) -> Task:
         lpips_params = perceptual.load(config.loss.lpips_weights)
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
-        del key  # nothing in Quark's loss is random
         targets = batch.target.cameras
+        window = crops.random_windows(key, targets, config.loss.crop)
         rendered, stages = cast(
             tuple[Render, list[ldm.Logits]],
-            module.apply(variables, batch.context, targets, method="render_stages"),
+            module.apply(variables, batch.context, targets, window, method="render_stages"),
         )
-        truth = jnp.asarray(batch.target.images, jnp.float32)
+        target = crops.cut(batch.target, window)
+        truth = jnp.asarray(target.images, jnp.float32)
         l1 = losses.l1(rendered.images, truth)
         values = {"l1": l1, "psnr": jnp.mean(metrics.psnr(rendered.images, truth))}
         total = l1_weight * l1
@@ -54,12 +55,13 @@ def make(config: Any) -> Task:
             values["lpips"] = jnp.mean(perceptual.lpips(lpips_params, rendered.images, truth))
             total += config.loss.lpips_weight * values["lpips"]
         if depth_weight > 0:
+            # Of the whole target: the map is, and its stages are small.
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), targets)
             depth = batch.extras["depth"].reshape(-1, targets.height, targets.width)
             values["depth"] = supervision.stage_depth_loss(stages, depth, flat)
             total += depth_weight * values["depth"]
         if temporal_weight > 0:
-            values["temporal"] = supervision.temporal_difference(rendered, batch.target)
+            values["temporal"] = supervision.temporal_difference(rendered, target)
             total += temporal_weight * values["temporal"]
         return total, Aux(metrics={"loss": total, **values})
 

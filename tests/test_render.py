@@ -14,9 +14,9 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from launch import trained
-from nvs_common import video
+from nvs_common import rendering, video
 from nvs_common.errors import InputError
-from nvs_common.types import Aux, Render, Task
+from nvs_common.types import Aux, Cameras, Render, Task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -211,3 +211,40 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stderr.startswith(f"{program}: error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+class _PlainScene:
+    """Six cameras in a row; the images show their number."""
+
+    cameras = Cameras(
+        np.tile(np.eye(4, dtype=np.float32), (6, 1, 1)),
+        np.tile(np.array([8, 8, 4, 3], np.float32), (6, 1)),
+        np.ones(6, np.float32),
+        np.full(6, 9, np.float32),
+        6,
+        8,
+    )
+
+    def images(self, indices):
+        return np.stack([np.full((6, 8, 3), i / 10, np.float32) for i in indices])
+
+
+def test_targets_with_the_same_inputs_are_one_scene():
+    shapes = []
+
+    def render(variables, context, targets):
+        del variables
+        shapes.append((context.images.shape[:2], targets.near.shape))
+        mean = jnp.mean(context.images, axis=1, keepdims=True)
+        images = jnp.broadcast_to(mean, (*targets.near.shape, 6, 8, 3))
+        return Render(images + 0.01 * targets.near[..., None, None, None])
+
+    scene = _PlainScene()
+    inputs = np.array([[0, 1], [1, 0], [0, 1], [2, 3], [4, 5]])
+    targets = scene.cameras[:5]
+    whole = list(rendering.render_targets(render, {}, scene, targets, inputs, chunk=2))
+    single = list(rendering.render_targets(render, {}, scene, targets, inputs))
+    # Traced once a shape: two targets of one scene, two of different ones, and one at a time.
+    assert shapes == [((1, 2), (1, 2)), ((2, 2), (2, 1)), ((1, 2), (1, 1))]
+    for a, b in zip(whole, single, strict=True):
+        np.testing.assert_allclose(a.image, b.image, atol=1e-6)

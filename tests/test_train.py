@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from nvs_common import errors, evaluate, feed, optim, sharding, train, training_step
+from nvs_common import checkpoint, errors, evaluate, feed, optim, sharding, train, training_step
 from tests import toy
 
 ONE = jax.devices()[:1]
@@ -332,3 +332,28 @@ def test_the_end_of_the_data_is_explained(tmp_path):
 def test_a_batch_of_another_size_is_explained(tmp_path):
     with pytest.raises(errors.InputError, match=r"batches of \[4\] scenes"):
         train.fit(toy.task(), toy.batches(4), toy.config(), tmp_path, devices=ONE)
+
+
+def _fit(config, workdir):
+    return train.fit(toy.task(), toy.batches(), config, workdir, devices=ONE)
+
+
+def test_a_run_starts_from_the_parameters_of_another(tmp_path):
+    first = _fit(toy.config(num_steps=2, ema=0.9), tmp_path / "first")
+    # Without a learning rate the parameters stay what they were at the start.
+    config = toy.config(num_steps=1, ema=0.9, init_from=str(tmp_path / "first"))
+    config.optim.learning_rate = 0.0
+    second = _fit(config, tmp_path / "second")
+    assert int(second.step) == 1
+    for ours in (second.params, second.ema_params):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(first.ema_params), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_starting_from_nothing_or_from_another_model_is_refused(tmp_path):
+    with pytest.raises(errors.InputError, match="holds no training run"):
+        _fit(toy.config(init_from=str(tmp_path / "absent")), tmp_path / "a")
+    _fit(toy.config(num_steps=1), tmp_path / "first")
+    other = {"kernel": np.zeros((2, 2))}
+    with pytest.raises(errors.InputError, match="holds another model: .* there and .* here"):
+        checkpoint.initial_params(tmp_path / "first", other)

@@ -104,6 +104,7 @@ def config(**changes) -> ml_collections.ConfigDict:
     c.max_skipped = 3
     c.stop_after_minutes = 0.0
     c.profile = (0, 0)
+    c.init_from = ""
     c.mesh = dict(data=1, fsdp=1, tensor=1, context=1)
     c.optim = dict(
         learning_rate=1e-2,

@@ -24,7 +24,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import options as ocp_options
 
-from nvs_common import digests, errors, runs
+from nvs_common import digests, errors, runs, sharding
 from nvs_common.types import Variables
 
 FOLDER = "checkpoints"
@@ -259,6 +259,35 @@ def load_variables(
     finally:
         store.close()
     return runs.from_json(config), variables
+
+
+def initial_params(workdir: str | pathlib.Path, like: Any) -> Any:
+    """Parameters of a run's newest checkpoint, to start another run from (EMA where it has one).
+
+    Args:
+      workdir: folder of the run to start from.
+      like: the new run's parameters, or their shapes.
+
+    Raises:
+      InputError: no checkpoint there, or its parameters have other names or shapes.
+    """
+    params = load_variables(workdir)[1]["params"]
+    there, here = (
+        {sharding.path_name(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, like)
+    )
+    wrong = [
+        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise errors.InputError(
+            f"init_from={workdir} holds another model: {'; '.join(wrong[:3])}{more}; start from a "
+            "run whose config.model has the same network."
+        )
+    return params
 
 
 def export_params(path: str | pathlib.Path, config: runs.Config, variables: Variables) -> None:

@@ -121,7 +121,8 @@ def render_targets(
       targets: [t], of the size to render; near and far are set from the inputs, see `bounded`.
       inputs: [t, v] indices of the scene's views.
       read: reader of the scene's images, to share its cache.
-      chunk: targets a call; the last chunk is filled up so that there is one shape.
+      chunk: targets a call; the last chunk is filled up, so that there are two shapes at most:
+        targets with the same inputs, which are read and encoded once, and with different ones.
 
     Yields:
       t results in the order of the targets.
@@ -129,18 +130,28 @@ def render_targets(
     read = ImageReader(scene) if read is None else read
     targets = views.bounded(targets, scene.cameras, inputs)
     function = _jitted(render, _mesh(variables))
-    count = len(inputs)
+    count, shared = len(inputs), True
     for start in range(0, count, chunk):
         index = np.minimum(np.arange(start, start + chunk), count - 1)
-        images = np.stack([read(row) for row in inputs[index]])
-        context = Views(images, take(scene.cameras, inputs[index]))
+        # A chunk that is filled up keeps to the form that is already compiled.
+        shared = _same(inputs[index]) and (shared or start + chunk <= count)
+        rows, columns = (inputs[index[:1]], chunk) if shared else (inputs[index], 1)
+        images = np.stack([read(row) for row in rows])
+        context = Views(images, take(scene.cameras, rows))
         began = time.perf_counter()
-        result = function(variables, context, take(targets, index[:, None]))
+        result = function(variables, context, take(targets, index.reshape(len(rows), columns)))
         rendered, depth = jax.device_get((result.images, result.depth))
         seconds = (time.perf_counter() - began) / chunk
         for k in range(min(chunk, count - start)):
-            image = np.clip(np.asarray(rendered[k, 0], np.float32), 0.0, 1.0)
-            yield Rendered(image, None if depth is None else np.asarray(depth[k, 0]), seconds)
+            at = divmod(k, columns)
+            image = np.clip(np.asarray(rendered[at], np.float32), 0.0, 1.0)
+            yield Rendered(image, None if depth is None else np.asarray(depth[at]), seconds)
+
+
+def _same(inputs: np.ndarray) -> bool:
+    """Whether all targets have the same inputs [t, v], in any order."""
+    ordered = np.sort(inputs, axis=1)
+    return bool(np.all(ordered == ordered[:1]))
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
@@ -142,6 +143,8 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
             out_shardings=training_step.layout(abstract),
         )
         state = init(feed.to_global(first.batch, mesh))
+        if run := config.get("init_from", ""):
+            state = _started_from(run, state, abstract)
     else:
         _log.info("restored step %d from %s", restored.step, store.folder)
         state = from_trees(abstract, restored.trees)
@@ -150,6 +153,17 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
         batches.set_state(restored.position)
         return _Start(state, abstract, feed.Feed(batches))
     return _Start(state, abstract, feed.Feed(batches, first))
+
+
+def _started_from(run: str, state: State, abstract: State) -> State:
+    """A new state with the parameters of another run; its average starts there too."""
+    params = checkpoint.initial_params(run, abstract.params)
+    _log.info("parameters are those of the run in %s", run)
+    place = training_step.layout(abstract.params)
+    average = None if state.ema_params is None else jax.device_put(params, place)
+    return dataclasses.replace(
+        state, params=jax.device_put(jax.tree.map(jnp.copy, params), place), ema_params=average
+    )
 
 
 def to_trees(state: State) -> dict[str, Any]:
