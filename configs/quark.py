@@ -1,4 +1,4 @@
-"""Quark: `tiny` (a laptop's CPU), `quark` and `quark_plus` (the paper's sizes).
+"""Quark: `tiny` (minutes on a CPU), `small` (an hour), `quark` and `quark_plus` (the paper's).
 
     python launch/train.py --config=configs/quark.py:tiny --workdir=runs/tiny
 
@@ -92,9 +92,11 @@ def _base() -> Any:
                 max_bad_scenes=0,
                 with_depth=False,
             ),
-            eval=dict(source="", num_scenes=16, views=1),
+            # Photographs are evaluated and rendered at `photo_size` unless --size says otherwise.
+            eval=dict(source="", num_scenes=16, views=1, photo_size=(288, 512)),
             model=dict(
                 grid_area=288 * 512,
+                upsampling=0.0,
                 layers=6,
                 channels=32,
                 stages=PAPER_STAGES,
@@ -155,7 +157,8 @@ def _tiny() -> Any:
     # The paper trains hundreds of times longer on pictures alone; true depth speeds this up.
     config.data.with_depth = True
     config.loss.depth_weight = 0.1
-    config.model.update(grid_area=32 * 56, layers=4, stages=TINY_STAGES)
+    # The map follows the output's size: what was learnt about pixels holds for larger pictures.
+    config.model.update(upsampling=2.0, layers=4, stages=TINY_STAGES)
     config.model.update(encoder_blocks=(1, 1), update_blocks=1, appearance_channels=8)
     # Queries that differ from the start tell how far the views agree, which a mean cannot.
     config.model.update(unseen="edge", query_scale=3.0, stream=False)
@@ -169,7 +172,7 @@ def _small() -> Any:
     """The network of `tiny`, trained for an hour on two CPU cores to carry over to photographs:
     from neighbouring frames of a video to steps of several metres, with noise and exposure."""
     config = _tiny()
-    config.update(num_steps=8_000, eval_every=1_000, checkpoint_every=1_000, ema=0.999)
+    config.update(num_steps=6_000, eval_every=1_000, checkpoint_every=1_000, ema=0.999)
     config.optim.update(warmup_steps=200, b2=0.999)
     config.data.update(num_context=6, nearest=10, views_per_scene=18, baseline=(0.008, 0.3))
     config.data.update(noise=0.01, exposure_jitter=0.03)

@@ -156,8 +156,8 @@ def forward(config, views: int) -> Forward:
         count = arithmetic.multiply_adds(function, variables, batch.context)
         stages.append(Stage(name, total - seconds, count - products))
         seconds, products = total, count
-    title = f"`{config.system}`, {views} inputs, {height}x{width}, grid_area"
-    title += f" {config.model.grid_area}, {config.model.dtype}: peak {peak(compiled):.0f} MiB"
+    title = f"`{config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
+    title += f": peak {peak(compiled):.0f} MiB"
     return Forward(title, stages, seconds)
 
 

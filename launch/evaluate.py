@@ -52,8 +52,8 @@ _HOLDOUT = flags.DEFINE_integer(
 _SIZE = flags.DEFINE_string(
     "size",
     "auto",
-    "HEIGHTxWIDTH of the images, centre-cropped to this shape and resized; auto is the training "
-    "size, native the size of the stored images.",
+    "HEIGHTxWIDTH of the images, centre-cropped to this shape and resized; auto is "
+    "config.eval.photo_size for photographs, else the training size; native that of the files.",
 )
 _BORDER = flags.DEFINE_integer("border", 0, "Pixels left out on each side of the comparison.")
 _SSIM = flags.DEFINE_enum(
@@ -88,7 +88,7 @@ def main(_) -> int:
     if _SOURCE.weights.value and not _OUT.value:
         raise InputError("pass --out=FOLDER: with --weights there is no run's folder to write to.")
     model = trained.load(_SOURCE)
-    size = trained.size(_SIZE.value, model.config)
+    size = trained.size(_SIZE.value, model.config, photographs=bool(_DATA.value))
     asked = _NUM_INPUTS.value
     protocol = evaluate.Protocol(
         num_inputs=_default_inputs(model.config) if asked is None else asked,

@@ -21,6 +21,12 @@ echo "2/3 Evaluating on rooms it has not seen ..."
 echo "3/3 Rendering a camera path through another room ..."
 "$PYTHON" launch/render.py --workdir="$run" --scene=procedural:7 --path=spiral --out="$run/video.mp4"
 
+if [[ -f weights/quark_small.npz ]]; then
+  echo "And the same path with the weights that come with the checkout, trained for longer ..."
+  "$PYTHON" launch/render.py --weights=default --scene=procedural:7 --path=spiral \
+    --out="$run/video_default_weights.mp4"
+fi
+
 report="$(find "$run" -name report.html -print | sort | tail -n 1)"
 cat <<END
 
@@ -30,7 +36,7 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 
 Your own photographs: any folder with COLMAP, nerfstudio (transforms.json), LLFF or RealEstate10K
 cameras. Render them with this model, or train on them:
-  .venv/bin/python launch/render.py --workdir=$run --scene=/path/to/photos --path=spiral --out=mine.mp4
+  .venv/bin/python launch/render.py --weights=default --scene=/path/to/photos --path=spiral --out=mine.mp4
   .venv/bin/python launch/train.py --config=configs/quark.py:tiny,photos --workdir=runs/mine \\
     --config.data.source=/path/to/photos
 END

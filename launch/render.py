@@ -42,7 +42,8 @@ _FPS = flags.DEFINE_float("fps", 30.0, "Frames a second.")
 _SIZE = flags.DEFINE_string(
     "size",
     "auto",
-    "HEIGHTxWIDTH, auto (the training size) or native (the size of the stored images).",
+    "HEIGHTxWIDTH, auto (photographs: config.eval.photo_size; else the training size) or native "
+    "(the size of the stored images).",
 )
 _NUM_INPUTS = flags.DEFINE_integer(
     "num_inputs",
@@ -61,7 +62,9 @@ def main(_) -> int:
     if _CHUNK.value < 1:
         raise InputError(f"--chunk={_CHUNK.value}: expected 1 or more.")
     model = trained.load(_SOURCE)
-    scene = trained.scene(_SCENE.value, model.config, trained.size(_SIZE.value, model.config))
+    photographs = not _SCENE.value.startswith(trained.PROCEDURAL)
+    size = trained.size(_SIZE.value, model.config, photographs=photographs)
+    scene = trained.scene(_SCENE.value, model.config, size)
     targets = _path(scene.cameras)
     asked = _NUM_INPUTS.value
     inputs = rendering.nearest_inputs(

@@ -24,7 +24,11 @@ flags.disclaim_key_flags()
 
 # Weights that come with the checkout.
 DEFAULT = "default"
-DEFAULT_WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights" / "quark_tiny.npz"
+DEFAULT_WEIGHTS = pathlib.Path(__file__).resolve().parent.parent / "weights" / "quark_small.npz"
+
+
+# A scene of the procedural world: procedural:SEED.
+PROCEDURAL = "procedural:"
 
 
 class Source(NamedTuple):
@@ -66,12 +70,12 @@ def define_source() -> Source:
             "weights",
             None,
             "Weights that launch/release.py has written, in place of --workdir; default means "
-            "those of the checkout, weights/quark_tiny.npz.",
+            "those of the checkout, weights/quark_small.npz.",
         ),
         flags.DEFINE_multi_string(
             "set",
             [],
-            "FIELD=VALUE changes the run's config for this program, e.g. model.grid_area=28672 for "
+            "FIELD=VALUE changes the run's config for this program, e.g. model.upsampling=1.5 for "
             "a finer map than in training, or model.dtype=bfloat16. Repeat it for several fields.",
         ),
     )
@@ -140,7 +144,7 @@ def _released(file: str) -> weights.Weights:
     if not DEFAULT_WEIGHTS.is_file():
         raise InputError(
             f"--weights=default: {DEFAULT_WEIGHTS} does not exist yet; make it from a run with "
-            "python launch/release.py --workdir=RUN --out=weights/quark_tiny.npz"
+            "python launch/release.py --workdir=RUN --out=weights/quark_small.npz"
         )
     return weights.read(DEFAULT_WEIGHTS)
 
@@ -207,14 +211,18 @@ def _change(config: Any, text: str) -> None:
         raise InputError(f"--set={text}: {error}") from error
 
 
-def size(text: str, config: Any) -> tuple[int, int] | None:
-    """(height, width) of `--size`: HxW, "auto" the training size, "native" None.
+def size(text: str, config: Any, *, photographs: bool) -> tuple[int, int] | None:
+    """(height, width) of `--size`: HxW; "native" is None.
+
+    "auto" is the size of training, or for photographs `config.eval.photo_size` where the config
+    has one.
 
     Raises:
       InputError: something else.
     """
     if text == "auto":
-        return config.data.height, config.data.width
+        photo_size = config.eval.get("photo_size") if photographs and "eval" in config else None
+        return tuple(photo_size) if photo_size else (config.data.height, config.data.width)
     if text == "native":
         return None
     if match := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text):
@@ -228,9 +236,9 @@ def scene(text: str, config: Any, size: tuple[int, int] | None) -> Any:
     Raises:
       InputError: no scene there, or it cannot be loaded; a seed that is not a number.
     """
-    if not text.startswith("procedural:"):
+    if not text.startswith(PROCEDURAL):
         return scenes.load_measured(text, size=size)
-    seed = text.removeprefix("procedural:")
+    seed = text.removeprefix(PROCEDURAL)
     if not seed.isdecimal():
         raise InputError(f"--scene={text!r}: expected procedural:SEED with a whole number.")
     return sources.world(config, int(seed), 1, size)[0]

@@ -36,7 +36,8 @@ _SCENE = flags.DEFINE_string(
 _SIZE = flags.DEFINE_string(
     "size",
     "auto",
-    "HEIGHTxWIDTH of the inputs, auto (the training size) or native (of the stored images). The "
+    "HEIGHTxWIDTH of the inputs, auto (photographs: config.eval.photo_size; else the "
+    "training size) or native (of the stored images). The "
     "size of what is shown is chosen in the page.",
 )
 _NUM_INPUTS = flags.DEFINE_integer(
@@ -217,7 +218,9 @@ def main(_) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     viser = import_viser()
     model = trained.load(_SOURCE)
-    scene = trained.scene(_SCENE.value, model.config, trained.size(_SIZE.value, model.config))
+    photographs = not _SCENE.value.startswith(trained.PROCEDURAL)
+    size = trained.size(_SIZE.value, model.config, photographs=photographs)
+    scene = trained.scene(_SCENE.value, model.config, size)
     asked = _NUM_INPUTS.value
     num_inputs = model.config.data.num_context if asked is None else asked
     if not 1 <= num_inputs <= len(scene.names):

@@ -368,7 +368,7 @@ def ray_difference(view: Cameras, target: Cameras) -> Array:
     return (cut(target.near) - cut(target.far)) * focal.reshape(1, 1, 2)
 
 
-def grid_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+def grid_size(height: int, width: int, area: float, multiple: int) -> tuple[int, int]:
     """Rows and columns of about `area` elements with an image's aspect ratio.
 
     Args:

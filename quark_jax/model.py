@@ -26,6 +26,7 @@ class Quark(nn.Module):
 
     Attributes:
       grid_area: elements of a layer of the finest volume, whatever the output's size.
+      upsampling: not 0: the grid is the output's size divided by this, whatever its area.
       layers: layers of the finest volume; earlier ones have twice as many per collapse.
       channels: features of the volume and the pyramid.
       stages: initialisation and update-and-fuse steps.
@@ -52,6 +53,7 @@ class Quark(nn.Module):
     """
 
     grid_area: int = 288 * 512
+    upsampling: float = 0.0
     layers: int = 6
     channels: int = 32
     stages: tuple[Stage, ...] = PAPER_STAGES
@@ -127,7 +129,7 @@ class Quark(nn.Module):
     def encode(self, context: Views) -> list[Array]:
         """Encodes the inputs once, for any number of targets: levels [b, v, y, x, c]."""
         height, width = context.images.shape[-3:-1]
-        size = ldm.grid_size(height, width, self.grid_area, self._multiple)
+        size = self._grid(height, width)
 
         def encode(network: encoder.Encoder, images: Array) -> list[Array]:
             return network(ldm.resize(images.astype(jnp.float32), *size))
@@ -161,15 +163,15 @@ class Quark(nn.Module):
         window: ldm.Window | None = None,
     ) -> tuple[Render, list[ldm.Logits]]:
         count = targets.near.shape[1]
-        context = Views(context.images, _as_float32(context.cameras))
-        targets = _as_float32(targets)
+        context = Views(context.images, cameras.as_float32(context.cameras))
+        targets = cameras.as_float32(targets)
         if self.stream and count > 1:
             return self._one_after_another(context, features, targets, window)
         views = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=count), context.cameras)
         flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), targets)
         sweep = None
         if self.sweep_planes:
-            size = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
+            size = self._grid(targets.height, targets.width)
             sweep = sweep_prior.Sweep(context, targets, size, self.sweep_planes)
         stages = self.solve(views, features, flat, sweep)
         unflatten = lambda x: rearrange(x, "(b t) ... -> b t ...", t=count)  # noqa: E731
@@ -242,7 +244,7 @@ class Quark(nn.Module):
           has blend logits.
         """
         repeats = targets.near.shape[0] // features[0].shape[0]
-        finest = ldm.grid_size(targets.height, targets.width, self.grid_area, self._multiple)
+        finest = self._grid(targets.height, targets.width)
         rays = self._ray_features(views, targets, features[-1].shape[-3:-1])
         stages: list[ldm.Logits] = []
         volume = self._seed_volume(
@@ -292,9 +294,10 @@ class Quark(nn.Module):
         )
         return scan(network, None, xs)[1]
 
-    @property
-    def _multiple(self) -> int:
-        return 2 ** (len(self.encoder_blocks) - 1)
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the finest volume for an image's size."""
+        area = height * width / self.upsampling**2 if self.upsampling else self.grid_area
+        return ldm.grid_size(height, width, area, 2 ** (len(self.encoder_blocks) - 1))
 
     def _seed_volume(self, num_targets: int, grid: tuple[int, ...]) -> Array:
         num_layers = self.layers * 2 ** sum(stage.collapse for stage in self.stages)
@@ -381,10 +384,6 @@ class Quark(nn.Module):
             if sweep is not None:
                 blend = blend + self.blend_prior(sweep.cues(decoded["depth"], decoded["density"]))
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
-
-
-def _as_float32(cams: Cameras) -> Cameras:
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cams)
 
 
 # About a million parameters: every device holds all of them and the batch is what is sharded.

@@ -41,7 +41,7 @@ def make(config: Any) -> Task:
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         targets = batch.target.cameras
-        window = crops.random_windows(key, targets, config.loss.crop)
+        window = crops.random_windows(key, targets, config.loss.get("crop", 0))
         rendered, stages = cast(
             tuple[Render, list[ldm.Logits]],
             module.apply(variables, batch.context, targets, window, method="render_stages"),

@@ -19,7 +19,7 @@ def config() -> Any:
     """configs/quark.py:tiny at 16 x 24 pixels."""
     c = cli.load_config(f"{conftest.ROOT / 'configs' / 'quark.py'}:tiny")
     c.data.update(height=16, width=24, num_context=3, views_per_scene=6)
-    c.eval.num_scenes = 1
+    c.eval.update(num_scenes=1, photo_size=(c.data.height, c.data.width))
     c.model.update(grid_area=96, layers=2, channels=8, appearance_channels=4)
     c.model.update(encoder_blocks=(1, 1), stages=((1, 1, 1, 1, False), (0, 1, 1, 1, True)))
     return c

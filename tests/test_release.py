@@ -336,4 +336,4 @@ def test_a_card_says_only_what_is_recorded(tmp_path):
 
 
 def test_the_default_weights_are_a_file_of_the_checkout():
-    assert trained.DEFAULT_WEIGHTS == conftest.ROOT / "weights" / "quark_tiny.npz"
+    assert trained.DEFAULT_WEIGHTS == conftest.ROOT / "weights" / "quark_small.npz"

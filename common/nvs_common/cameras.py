@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from nvs_common.types import Array, Cameras
@@ -246,3 +247,8 @@ def _rotation_exp(axis_angle: Array) -> Array:
     b = jnp.where(small, 0.5, (1 - jnp.cos(safe)) / safe**2)
     squared = jnp.matmul(cross, cross, precision="highest")
     return jnp.eye(3, dtype=axis_angle.dtype)[None] + a * cross + b * squared
+
+
+def as_float32(cams: Cameras) -> Cameras:
+    """The same cameras in float32, the type that geometry in models works in."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cams)

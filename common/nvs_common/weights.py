@@ -3,7 +3,7 @@
 NumPy alone reads it: `about` is a JSON text as bytes, every other entry is an array under its
 path, `params/encoder/stem/kernel`.
 
-    file = numpy.load("quark_tiny.npz")
+    file = numpy.load("quark_small.npz")
     about = json.loads(file["about"].tobytes())
 
 What is loaded is always float32. The same parameters give the same bytes.
