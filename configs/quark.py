@@ -3,7 +3,8 @@
     python launch/train.py --config=configs/quark.py:tiny --workdir=runs/tiny
 
 Variants follow the size after commas: `tiny,photos` trains on photographs, where no true depth is
-known; `tiny,no_ray_encoding` is an ablation of the paper's Tab. 4 (ABLATIONS lists them).
+known; `tiny,no_ray_encoding` is an ablation of the paper's Tab. 4 (ABLATIONS lists them and
+`no_sweep`, which removes an addition of our own).
 
 The published training has two phases, 250,000 steps at half the resolution and 350,000 at full:
 
@@ -208,6 +209,11 @@ def _no_collapse(config: Any) -> None:
     config.model.stages = tuple((*stage[:4], False) for stage in stages)
 
 
+def _no_sweep(config: Any) -> None:
+    """Not in Tab. 4: removes what this library adds, and leaves the paper's blank start."""
+    config.model.update(sweep_planes=0, density_bias=-2.0)
+
+
 ABLATIONS = {
     "no_collapse": _no_collapse,
     "fewer_iterations": _fewer_iterations,
@@ -216,4 +222,5 @@ ABLATIONS = {
     "no_cross_attention": lambda config: config.model.update(cross_attention=False),
     "unfolded": lambda config: config.model.update(folded_attention=False),
     "rgb": lambda config: config.model.update(output="rgb"),
+    "no_sweep": _no_sweep,
 }

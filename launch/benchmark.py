@@ -1,8 +1,16 @@
 r"""Measures the library, side by side in one run: python launch/benchmark.py NAME
 
-  quark   time of each stage of a forward pass, peak memory, training rate and data wait
+  quark            time of each stage of a forward pass, peak memory, training rate and data wait
+  quark_ablation   trains each ablation of the paper's Tab. 4 for --steps, on --scenes held out
+  quark_views      quality, time and memory of a trained model against the number of --views
+  quark_temporal   flicker of trained models along a camera path of --frames
 
-With --model it measures a forward pass at the published sizes instead, one table for each of
+The last two take --workdir=RUN or --weights=FILE, and procedural held-out scenes or --data=PATH:
+
+    python launch/benchmark.py quark_views --workdir=runs/a --views=2,4,8,16,32,64
+    python launch/benchmark.py quark_temporal --workdir=runs/a --other=runs/b --path=interpolate
+
+With --model `quark` measures a forward pass at the published sizes instead, one table for each of
 --views, --dtypes and --attention, and compares each stage with what the machine reaches in plain
 products and convolutions:
 
@@ -34,9 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from launch import arithmetic, cli, tasks
+from launch import ablation, arithmetic, cli, input_counts, measuring, path_flicker, tasks, trained
 from nvs_common import errors, runs, train
-from nvs_common.data import pipeline
+from nvs_common.data import pipeline, sources
 from nvs_common.types import Batch, Cameras, Views
 from quark_jax import task as quark_task
 
@@ -49,7 +57,26 @@ _ATTENTION = flags.DEFINE_list("attention", ["folded"], "folded, unfolded or bot
 _STREAM = flags.DEFINE_bool("stream", None, "model.stream, for --model; the config's by default.")
 _SIZE = flags.DEFINE_string("size", None, "Image size as HxW; the config's by default.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions; the median is shown.")
-_STEPS = flags.DEFINE_integer("steps", 60, "Training steps to measure; 0 leaves training out.")
+_STEPS = flags.DEFINE_integer(
+    "steps",
+    None,
+    "quark: training steps to measure, 60 by default; 0 leaves training out. quark_ablation: "
+    "steps of each variant, the config's num_steps by default.",
+)
+_SCENES = flags.DEFINE_integer(
+    "scenes", None, "Held-out procedural scenes; config.eval.num_scenes by default."
+)
+_TARGETS = flags.DEFINE_integer(
+    "targets", None, "quark_views: held-out views of a scene, evenly spread; all by default."
+)
+_VARIANTS = flags.DEFINE_list("variants", None, "quark_ablation: names of ablations; all of them.")
+_SOURCE = trained.define_source()
+_OTHER = flags.DEFINE_multi_string(
+    "other", [], "quark_temporal: another run's folder or weights' file, once for each."
+)
+_DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
+_FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
+_PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
 
 
 def main(argv) -> None:
@@ -74,8 +101,36 @@ def quark() -> list[str]:
         measured = forward(config, views)
         rows = [(stage.name, f"{1e3 * stage.seconds:.1f}") for stage in measured.stages]
         rows.append(("whole forward pass", f"{1e3 * measured.seconds:.1f}"))
-        lines += [measured.title, "", *table(("stage", "ms"), rows), ""]
-    return lines + (training(config) if _STEPS.value else [])
+        lines += [measured.title, "", *measuring.table(("stage", "ms"), rows), ""]
+    return lines + (training(config) if _STEPS.value != 0 else [])
+
+
+def quark_ablation() -> list[str]:
+    """Tab. 4 at the config's size."""
+    config: Any = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
+    steps = config.num_steps if _STEPS.value is None else _STEPS.value
+    if steps < 1:
+        raise errors.InputError(f"--steps={steps}: expected 1 or more.")
+    return ablation.study(
+        _with_scenes(config), steps, variants=_VARIANTS.value or (), repeats=_REPEATS.value
+    )
+
+
+def quark_views() -> list[str]:
+    """Quality, time and memory against the number of inputs."""
+    model = trained.load(_SOURCE)
+    counts = input_counts.COUNTS if _VIEWS.value is None else _view_counts(model.config)
+    scenes = _scenes(input_counts.with_views(_with_scenes(model.config), max(counts)))
+    return input_counts.study(model, scenes, counts, targets=_TARGETS.value, repeats=_REPEATS.value)
+
+
+def quark_temporal() -> list[str]:
+    """Flicker of several models along a path."""
+    models = [trained.load(_SOURCE)]
+    models += [trained.load_path(path, _SOURCE.set.value) for path in _OTHER.value]
+    config = _with_scenes(models[0].config)
+    num_inputs = _view_counts(config)[0]
+    return path_flicker.study(models, _scenes(config), _PATH.value, _FRAMES.value, num_inputs)
 
 
 def quark_sizes() -> list[str]:
@@ -97,7 +152,7 @@ def quark_sizes() -> list[str]:
             stages = [*measured.stages, Stage("whole forward pass", measured.seconds, whole)]
             rows = [stage.row(convolution) for stage in stages]
             head = ("stage", "ms", "GMAC", "GMAC/s", "of the convolution's")
-            lines += ["", f"{measured.title}, {form}", "", *table(head, rows), ""]
+            lines += ["", f"{measured.title}, {form}", "", *measuring.table(head, rows), ""]
     return lines
 
 
@@ -152,12 +207,12 @@ def forward(config, views: int) -> Forward:
     for index, name in enumerate(names, start=-1):
         function = until(index)
         compiled = jax.jit(function).lower(variables, batch.context).compile()
-        total = median_seconds(compiled, variables, batch.context)
+        total = _median(compiled, variables, batch.context)
         count = arithmetic.multiply_adds(function, variables, batch.context)
         stages.append(Stage(name, total - seconds, count - products))
         seconds, products = total, count
     title = f"`{config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
-    title += f": peak {peak(compiled):.0f} MiB"
+    title += f": peak {measuring.peak(compiled):.0f} MiB"
     return Forward(title, stages, seconds)
 
 
@@ -174,8 +229,8 @@ def ceilings(dtype: Any) -> tuple[float, float]:
     )
     convolution = jax.jit(convolve).lower(image, kernel).compile()
     return (
-        2048**3 / median_seconds(product, square, square),
-        image.size * 9 * 32 / median_seconds(convolution, image, kernel),
+        2048**3 / _median(product, square, square),
+        image.size * 9 * 32 / _median(convolution, image, kernel),
     )
 
 
@@ -183,7 +238,7 @@ def training(config) -> list[str]:
     """Rate of the real training loop, with the real data pipeline."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        half = max(1, _STEPS.value // 2)
+        half = max(1, (60 if _STEPS.value is None else _STEPS.value) // 2)
         # The first half fills buffers and caches; only the second is reported.
         config.update(num_steps=2 * half, log_every=half, eval_every=0)
         config.optim.update(schedule="constant", warmup_steps=0)
@@ -200,7 +255,7 @@ def training(config) -> list[str]:
         ("images / s (inputs and targets)", f"{examples * images:.1f}"),
         ("share of time waiting for data", f"{100 * last['data_wait_fraction']:.1f} %"),
     ]
-    return table((f"training, batch {config.batch_size}", ""), rows)
+    return measuring.table((f"training, batch {config.batch_size}", ""), rows)
 
 
 def random_batch(scenes: int, views: int, targets: int, height: int, width: int) -> Batch:
@@ -222,31 +277,36 @@ def random_batch(scenes: int, views: int, targets: int, height: int, width: int)
     return Batch(posed(views), posed(targets))
 
 
-def median_seconds(compiled: Callable, *args: Any) -> float:
-    """Median time of a compiled function, results ready."""
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(_REPEATS.value):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times))
+def _median(compiled: Callable, *args: Any) -> float:
+    return measuring.median_seconds(compiled, *args, repeats=_REPEATS.value)
 
 
-def peak(compiled: Any) -> float:
-    """Planned memory of a compiled program in MiB: arguments, results and temporaries."""
-    plan = compiled.memory_analysis()
-    total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-    return total / 2**20
+BENCHMARKS = {
+    "quark": quark,
+    "quark_ablation": quark_ablation,
+    "quark_views": quark_views,
+    "quark_temporal": quark_temporal,
+}
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+def _with_scenes(config: Any) -> Any:
+    """The config, with as many held-out scenes as are asked for."""
+    if _SCENES.value is not None:
+        if _SCENES.value < 1 or _DATA.value:
+            raise errors.InputError(
+                f"--scenes={_SCENES.value}: expected 1 or more, and no --data, which gives all."
+            )
+        config.eval.num_scenes = _SCENES.value
+    return config
 
 
-BENCHMARKS = {"quark": quark}
+def _scenes(config: Any) -> list[tuple[str, Any]]:
+    """(name, scene) of the folder, or of the procedural scenes that training never sees."""
+    size = trained.size(_SIZE.value or "auto", config, photographs=bool(_DATA.value))
+    if _DATA.value:
+        return trained.scenes_at(_DATA.value, size)
+    world = sources.world(config, sources.HELD_OUT_SEED, config.eval.num_scenes, size)
+    return [(f"procedural {number}", world[number]) for number in range(len(world))]
 
 
 def _view_counts(config) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,13 +99,34 @@ def load(source: Source) -> Trained:
         raise InputError(f"--step={step}: released weights are of one step; leave the flag out.")
     found = _released(file) if file else load_run(workdir, step)
     path = DEFAULT_WEIGHTS if file == DEFAULT else pathlib.Path(file or workdir)
+    return _prepare(found, path, source.set.value)
+
+
+def load_path(text: str, changes: Sequence[str] = ()) -> Trained:
+    """Loads the newest checkpoint of a run's folder, or released weights, or "default".
+
+    Args:
+      text: the folder or file.
+      changes: as `--set`.
+
+    Raises:
+      InputError: as `load`.
+    """
+    if pathlib.Path(text).is_dir():
+        return _prepare(load_run(text, None), pathlib.Path(text), changes)
+    path = DEFAULT_WEIGHTS if text == DEFAULT else pathlib.Path(text)
+    return _prepare(_released(text), path, changes)
+
+
+def _prepare(found: weights.Weights, path: pathlib.Path, changes: Sequence[str]) -> Trained:
+    """The task of loaded weights, with changes of the config, checked against each other."""
     config, variables = found.config, found.variables
     if config.system not in tasks.TASKS:
         raise InputError(
             f"{path}: its system {config.system!r} is unknown here; known are "
             f"{sorted(tasks.TASKS)}."
         )
-    for text in source.set.value:
+    for text in changes:
         _change(config, text)
     task = tasks.TASKS[config.system](config)
     check_shapes(task, config, variables, path)
