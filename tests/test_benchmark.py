@@ -45,6 +45,8 @@ def test_a_variant_that_crashes_loses_no_other_row(monkeypatch, capsys):
         return ablation.Measured(20.0 + sweep, 0.5, 0.1, 0.2 if sweep else 0.1)
 
     monkeypatch.setattr(ablation, "measure", measure)
+    # Other tests' programs are of use to them.
+    monkeypatch.setattr(ablation.jax, "clear_caches", lambda: None)
     config = small_quark.config()
     before = config.to_json()
     names = ["no_ray_encoding", "no_sweep", "rgb"]
