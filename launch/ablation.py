@@ -22,6 +22,7 @@ from configs import quark as quark_config
 from launch import measuring, tasks
 from nvs_common import evaluate, train, training_step
 from nvs_common.data import pipeline, sources
+from nvs_common.errors import InputError
 
 FULL = "full"
 PUBLISHED_PSNR = 30.41
@@ -78,7 +79,13 @@ def study(
       variants: names of `configs/quark.py`'s ABLATIONS; all by default.
       repeats: timed forward passes.
       devices: to train on; all by default.
+
+    Raises:
+      InputError: an unknown variant, or the full model cannot be trained.
     """
+    unknown = sorted(set(variants) - set(quark_config.ABLATIONS))
+    if unknown:
+        raise InputError(f"--variants: {unknown} are not of {sorted(quark_config.ABLATIONS)}.")
     held_out = sources.held_out(config)
     scenes = [measuring.Kept(held_out[number]) for number in range(len(held_out))]
     full, rows = None, []
@@ -92,7 +99,10 @@ def study(
             rows.append(_failed(name, "stopped before its end"))
             _say([measuring.row(rows[-1])])
             break
-        except Exception as error:  # one variant must not lose the others' hours
+        except Exception as error:
+            if name == FULL and isinstance(error, InputError):
+                raise  # nothing is measured yet, and it would be the same for all
+            # One variant must not lose the others' hours.
             traceback.print_exc()
             rows.append(_failed(name, f"{type(error).__name__}: {error}"))
         _say([measuring.row(rows[-1])])

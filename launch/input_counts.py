@@ -66,9 +66,9 @@ def study(
             print(measuring.row(rows[-1]), file=sys.stderr, flush=True)
     if not rows:
         raise InputError(f"no scene has views for {min(counts)} inputs: {_listed(remarks)}")
-    cameras = scenes[0][1].cameras
-    title = f"`{model.path.name}`, step {model.step}, trained with {config.data.num_context} inputs"
-    title += f"; {cameras.height}x{cameras.width}, {config.model.dtype}"
+    cameras, trained_with = scenes[0][1].cameras, model.config.data.num_context
+    title = f"`{model.path.name}`, step {model.step}, trained with {trained_with} inputs"
+    title += f"; {cameras.height}x{cameras.width}"
     return [title, "", *measuring.table(HEAD, rows), *([""] if remarks else []), *remarks]
 
 
@@ -89,7 +89,7 @@ def _measure(
     quality = evaluate.quick(model.task, model.variables, scenes, config).metrics
     passed = measuring.forward(model.task, model.variables, scenes[0], count, repeats)
     cells = (f"{count}", f"{len(scenes)}", f"{quality['psnr']:.2f}", f"{quality['ssim']:.3f}")
-    return *cells, f"{1e3 * passed.seconds:.1f}", f"{passed.peak:.0f}"
+    return *cells, f"{1e3 * passed.seconds:.1f}", f"{passed.peak:.1f}"
 
 
 def _offered(scene: Any, every: int) -> int:
