@@ -194,7 +194,13 @@ def test_gradients_are_finite_even_with_every_view_behind(behind):
         assert np.all(np.isfinite(leaf))
 
 
-@pytest.mark.parametrize("ablation", sorted(quark_config.ABLATIONS))
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "no_sweep" else name
+        for name in sorted(quark_config.ABLATIONS)
+    ],
+)
 def test_every_ablation_changes_the_picture_or_the_network(ablation):
     # Only what is there can be removed.
     changes = dict(sweep_planes=8, density_bias=0.0) if ablation == "no_sweep" else {}

@@ -129,6 +129,7 @@ def test_an_untrained_network_starts_near_the_sweep():
     assert score(with_sweep) > score(without) + 5
 
 
+@pytest.mark.slow
 def test_views_have_no_order_and_gradients_are_finite():
     module = task.make_module({**MODEL, "sweep_planes": 8})
     rendered, variables = render(module)

@@ -167,6 +167,7 @@ def test_a_window_is_a_part_of_the_picture(draw):
         np.testing.assert_allclose(a[4:9, 9:16], b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"folded_attention": False, "output": "rgb"}])
 def test_a_streaming_model_is_the_same_model(changes):
     batch = test_quark.make_batch(scenes=2)
@@ -186,6 +187,7 @@ def test_streaming_changes_no_parameter():
     assert [x.shape for x in jax.tree.leaves(a)] == [x.shape for x in jax.tree.leaves(b)]
 
 
+@pytest.mark.slow
 def test_gradients_of_a_streaming_model_are_the_same():
     stages = ((1, 1, 2, 1, False), (0, 1, 1, 1, True))
     batch = test_quark.make_batch(views=2, targets=1)
