@@ -126,6 +126,8 @@ def _base() -> Any:
                 l1_weight=10.0,
                 lpips_weight=1.0,
                 lpips_weights="",
+                # Structural similarity, 1 - SSIM: a perceptual term that needs no weights.
+                ssim_weight=0.0,
                 depth_weight=0.0,
                 temporal_weight=0.0,
                 # Side of the random window of the target that is drawn and compared; 0 is all.

@@ -22,9 +22,9 @@ echo "3/3 Rendering a camera path through another room ..."
 "$PYTHON" launch/render.py --workdir="$run" --scene=procedural:7 --path=spiral --out="$run/video.mp4"
 
 if [[ -f weights/quark_small.npz ]]; then
-  echo "And the same path with the weights that come with the checkout, trained for longer ..."
-  "$PYTHON" launch/render.py --weights=default --scene=procedural:7 --path=spiral \
-    --out="$run/video_default_weights.mp4"
+  echo "And the same path, larger, with the weights that come with the checkout ..."
+  "$PYTHON" launch/render.py --weights=default --scene=procedural:7 --path=spiral --size=144x256 \
+    --frames=60 --out="$run/video_default_weights.mp4"
 fi
 
 report="$(find "$run" -name report.html -print | sort | tail -n 1)"

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from launch import tasks
-from nvs_common import checkpoint, sharding, weights
+from nvs_common import checkpoint, weights
 from nvs_common.data import layouts, scenes, sources
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Task, Variables, Views
@@ -178,21 +178,12 @@ def check_shapes(task: Task, config: Any, variables: Variables, path: pathlib.Pa
     """
     data = config.data
     made = abstract_variables(task, data.num_context, data.height, data.width)
-    there, here = (
-        {sharding.path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(v)}
-        for v in (dict(variables), dict(made))
-    )
-    wrong = [
-        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} by the config"
-        for name in [*here, *(n for n in there if n not in here)]
-        if there.get(name) != here.get(name)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
+    there, here = checkpoint.array_shapes(dict(variables)), checkpoint.array_shapes(dict(made))
+    if wrong := checkpoint.shape_differences(there, here):
         raise InputError(
-            f"{path}: its parameters are not those of its config: {'; '.join(wrong[:2])}{more}; "
-            "fields that change the parameters cannot be --set, and a file that was changed by "
-            "hand has to be released again."
+            f"{path}: its parameters are not those of its config: {wrong}; fields that change the "
+            "parameters cannot be --set, and a file that was changed by hand has to be released "
+            "again."
         )
 
 

@@ -193,14 +193,7 @@ class Quark(nn.Module):
             rendered, stages = model._solve_and_draw(context, features, target, part)
             return carry, (jax.tree.map(lambda x: x[:, 0], rendered), stages)
 
-        loop = nn.scan(
-            one,
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=1,
-            out_axes=1,
-        )
-        rendered, stages = loop(self, None, (targets, drawing.corners(window)))[1]
+        rendered, stages = _scan(one, self, (targets, drawing.corners(window)))
         return rendered, jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), stages)
 
     def _draw(
@@ -284,15 +277,7 @@ class Quark(nn.Module):
             return carry, function(network, x)
 
         # The backward pass computes a view again: nothing of all views is kept for it.
-        view = nn.remat(view, prevent_cse=False)
-        scan = nn.scan(
-            view,
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            in_axes=1,
-            out_axes=1,
-        )
-        return scan(network, None, xs)[1]
+        return _scan(nn.remat(view, prevent_cse=False), network, xs)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the finest volume for an image's size."""
@@ -384,6 +369,14 @@ class Quark(nn.Module):
             if sweep is not None:
                 blend = blend + self.blend_prior(sweep.cues(decoded["depth"], decoded["density"]))
         return ldm.Logits(decoded["depth"], decoded["density"], blend, color)
+
+
+def _scan(step: Callable[..., Any], network: nn.Module, xs: Any) -> Any:
+    """step(network, None, x) over axis 1 of arrays [n, v, ...], with the same parameters."""
+    loop = nn.scan(
+        step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1
+    )
+    return loop(network, None, xs)[1]
 
 
 # About a million parameters: every device holds all of them and the batch is what is sharded.

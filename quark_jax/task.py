@@ -28,7 +28,7 @@ def make(config: Any) -> Task:
     """
     module = make_module(config.model)
     l1_weight, temporal_weight = config.loss.l1_weight, config.loss.temporal_weight
-    depth_weight = config.loss.depth_weight
+    depth_weight, ssim_weight = config.loss.depth_weight, config.loss.ssim_weight
     if depth_weight > 0 and not config.data.with_depth:
         raise InputError(
             "loss.depth_weight needs data.with_depth=True, the true depth of targets; photographs "
@@ -41,7 +41,7 @@ def make(config: Any) -> Task:
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         targets = batch.target.cameras
-        window = crops.random_windows(key, targets, config.loss.get("crop", 0))
+        window = crops.random_windows(key, targets, config.loss.crop)
         rendered, stages = cast(
             tuple[Render, list[ldm.Logits]],
             module.apply(variables, batch.context, targets, window, method="render_stages"),
@@ -54,6 +54,9 @@ def make(config: Any) -> Task:
         if lpips_params is not None:
             values["lpips"] = jnp.mean(perceptual.lpips(lpips_params, rendered.images, truth))
             total += config.loss.lpips_weight * values["lpips"]
+        if ssim_weight > 0:
+            values["ssim"] = jnp.mean(metrics.ssim(rendered.images, truth))
+            total += ssim_weight * (1 - values["ssim"])
         if depth_weight > 0:
             # Of the whole target: the map is, and its stages are small.
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), targets)

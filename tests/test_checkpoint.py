@@ -203,32 +203,6 @@ def test_load_variables_explains_what_is_missing_or_damaged(tmp_path):
     assert_trees_equal(variables["params"], trees(1)["params"])
 
 
-def test_exported_variables_come_back_with_their_config(tmp_path):
-    variables = {"params": trees()["params"], "counts": {"n": jnp.int32(4)}}
-    path = tmp_path / "deep" / "w.safetensors"
-    checkpoint.export_params(path, toy.config(seed=5), variables)
-    config, found = checkpoint.import_params(path)
-    assert_trees_equal(found, variables)
-    assert found["counts"]["n"].shape == ()
-    assert config.seed == 5 and config.profile == (0, 0)
-    assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
-
-
-def test_a_damaged_weight_file_is_noticed(tmp_path):
-    path = tmp_path / "w.safetensors"
-    checkpoint.export_params(path, toy.config(), {"params": trees()["params"]})
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(errors.InputError, match="params/dense/kernel has digest"):
-        checkpoint.import_params(path)
-    os.truncate(path, 500)
-    with pytest.raises(errors.InputError, match="not a whole safetensors file"):
-        checkpoint.import_params(path)
-    with pytest.raises(errors.InputError, match="no such file"):
-        checkpoint.import_params(tmp_path / "x.safetensors")
-
-
 def test_a_workdir_of_another_config_names_the_fields(tmp_path):
     config = toy.config()
     runs.write_text(tmp_path / "config.json", runs.json.dumps(runs.to_json(config)))

@@ -62,6 +62,21 @@ def test_resumed_run_is_bit_equal(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_structural_similarity_adds_to_the_loss():
+    config = tiny_config(batch_size=1)
+    batch = next(iter(pipeline.training_batches(config)))
+    key = jax.random.key(0)
+    plain = task.make(config)
+    config.loss.ssim_weight = 2.0
+    similar = task.make(config)
+    variables = jax.jit(plain.init)(key, batch)
+    before, after = (jax.jit(t.loss)(variables, batch, key) for t in (plain, similar))
+    assert "ssim" not in before[1].metrics
+    ssim = after[1].metrics["ssim"]
+    assert 0 < ssim < 1
+    np.testing.assert_allclose(after[0], before[0] + 2 * (1 - ssim), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_tiny_beats_every_baseline(tmp_path):
     """What the README shows of `configs/quark.py:tiny`; about ten minutes on two cores."""

@@ -240,7 +240,7 @@ def test_parameters_of_another_model_are_named(program, tmp_path):
     config.model.channels = 16
     path = tmp_path / "w.npz"
     weights.write(path, weights.Weights(config, variables, 1, {}))
-    with pytest.raises(errors.InputError, match=rf"{path}: .* \(8, .* there and \(16, .* config"):
+    with pytest.raises(errors.InputError, match=rf"{path}: .* \(8, .* there and \(16, .* here"):
         load(program, weights=str(path))
 
 

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from nvs_common import checkpoint, errors, evaluate, feed, optim, sharding, train, training_step
+from nvs_common import (
+    checkpoint,
+    errors,
+    evaluate,
+    feed,
+    optim,
+    sharding,
+    train,
+    training_step,
+    weights,
+)
 from tests import toy
 
 ONE = jax.devices()[:1]
@@ -347,6 +357,18 @@ def test_a_run_starts_from_the_parameters_of_another(tmp_path):
     assert int(second.step) == 1
     for ours in (second.params, second.ema_params):
         assert_trees_close(ours, first.ema_params, 1e-6)
+
+
+def test_a_run_starts_from_released_weights(tmp_path):
+    _fit(toy.config(num_steps=2), tmp_path / "first")
+    config, variables = checkpoint.load_variables(tmp_path / "first")
+    file = tmp_path / "first.npz"
+    config.system = "toy"
+    weights.write(file, weights.Weights(config, variables, 2, {}))
+    found = checkpoint.initial_params(file, variables["params"])
+    assert_trees_close(found, variables["params"], 0)
+    with pytest.raises(errors.InputError, match=r"first.npz holds another model"):
+        checkpoint.initial_params(file, {"kernel": np.zeros((2, 2))})
 
 
 def test_starting_from_nothing_or_from_another_model_is_refused(tmp_path):

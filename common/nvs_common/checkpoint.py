@@ -7,9 +7,7 @@ one that does not restore to its digests is set aside as `N.bad` and the one bef
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,16 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import options as ocp_options
 
-from nvs_common import digests, errors, runs, sharding
+from nvs_common import digests, errors, runs, sharding, weights
 from nvs_common.types import Variables
 
 FOLDER = "checkpoints"
-FORMAT = "viewsynth-jax variables 1"
 _log = logging.getLogger(__name__)
 
 # Not signs of a damaged file: the machine is short of something, and the step must stay.
@@ -261,83 +256,51 @@ def load_variables(
     return runs.from_json(config), variables
 
 
-def initial_params(workdir: str | pathlib.Path, like: Any) -> Any:
-    """Parameters of a run's newest checkpoint, to start another run from (EMA where it has one).
+def initial_params(source: str | pathlib.Path, like: Any) -> Any:
+    """Parameters to start a run from: a run's newest checkpoint, or a file of released weights.
+
+    Of a run they are the EMA parameters where it has them.
 
     Args:
-      workdir: folder of the run to start from.
+      source: a run's folder, or a file that `weights.write` has written.
       like: the new run's parameters, or their shapes.
 
     Raises:
-      InputError: no checkpoint there, or its parameters have other names or shapes.
+      InputError: nothing whole there, or its parameters have other names or shapes.
     """
-    params = load_variables(workdir)[1]["params"]
-    there, here = (
-        {sharding.path_name(p): np.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, like)
-    )
-    wrong = [
-        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    if pathlib.Path(source).is_file():
+        variables = weights.read(source).variables
+    else:
+        variables = load_variables(source)[1]
+    params = variables["params"]
+    if wrong := shape_differences(array_shapes(params), array_shapes(like)):
         raise errors.InputError(
-            f"init_from={workdir} holds another model: {'; '.join(wrong[:3])}{more}; start from a "
-            "run whose config.model has the same network."
+            f"init_from={source} holds another model: {wrong}; start from one whose "
+            "config.model has the same network."
         )
     return params
 
 
-def export_params(path: str | pathlib.Path, config: runs.Config, variables: Variables) -> None:
-    """Writes variables to one safetensors file that also holds the config and digests.
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each array of a tree of arrays, or of their shapes, by `sharding.path_name`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): tuple(np.shape(x)) for path, x in leaves}
+
+
+def shape_differences(there: Mapping[str, tuple], here: Mapping[str, tuple]) -> str:
+    """Which arrays differ in shape, the first three in words; empty where none does.
 
     Args:
-      path: file to write, whole or not at all.
-      config: the config that makes the task.
-      variables: {"params", collections}, nested dicts of arrays.
+      there: shapes of a checkpoint or file by name, `sharding.path_name`.
+      here: shapes that the config makes.
     """
-    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
-    # Not np.ascontiguousarray, which makes a vector of a scalar.
-    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in flat.items()}
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(runs.to_json(config)),
-        "digests": json.dumps(digests.of_tree(variables)),
-    }
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
-    os.replace(temporary, path)
-
-
-def import_params(path: str | pathlib.Path) -> tuple[runs.Config, Variables]:
-    """Reads what `export_params` wrote: (config, variables).
-
-    Raises:
-      InputError: no such file, not such a file, or its content is damaged.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise errors.InputError(f"{path}: no such file; pass one written by export_params.")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as e:
-        raise errors.InputError(f"{path}: not a whole safetensors file ({e}).") from e
-    if metadata.get("format") != FORMAT:
-        raise errors.InputError(
-            f"{path}: its metadata says format {metadata.get('format')!r}, {FORMAT!r} is needed; "
-            "convert foreign weights with launch/convert.py."
-        )
-    variables = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat, sep="/"))
-    fault = digests.first_difference(json.loads(metadata["digests"]), digests.of_tree(variables))
-    if fault:
-        raise errors.InputError(f"{path} is damaged: {fault}; get the file again.")
-    return runs.from_json(json.loads(metadata["config"])), variables
+    wrong = [
+        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+        for name in [*here, *(n for n in there if n not in here)]
+        if there.get(name) != here.get(name)
+    ]
+    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    return "; ".join(wrong[:3]) + more
 
 
 def _agreed(ok: bool) -> bool:
@@ -359,18 +322,9 @@ def _abstract(entries: Mapping[str, Mapping], where: jax.sharding.Sharding) -> A
 def _check_same_model(recorded: Mapping, abstract: Mapping[str, Any], where: pathlib.Path) -> None:
     """Raises InputError naming the first parameters whose shapes differ."""
     there = {f"{t}/{n}": tuple(e["shape"]) for t, tree in recorded.items() for n, e in tree.items()}
-    here = {}
-    for name, tree in abstract.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            here[f"{name}/{digests.sharding.path_name(path)}"] = tuple(leaf.shape)
-    wrong = [
-        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-        for name in [*there, *(n for n in here if n not in there)]
-        if there.get(name) != here.get(name)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+    here = array_shapes(abstract)
+    if wrong := shape_differences(there, here):
         raise errors.InputError(
-            f"{where} is a checkpoint of another config: {'; '.join(wrong[:3])}{more}; "
-            "use another --workdir, or the config that is saved in this one."
+            f"{where} is a checkpoint of another config: {wrong}; use another --workdir, or the "
+            "config that is saved in this one."
         )
