@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from lvsm_jax import relative
 from nvs_common import attention, layers, sharding
 from nvs_common.types import Array
 
@@ -92,24 +93,30 @@ def normalized(params: Params, name: str, x: Array, setting: Setting) -> Array:
     return layers.layer_norm(x, params[name]["scale"], EPSILON).astype(setting.dtype)
 
 
-def queries(params: Params, y: Array, setting: Setting) -> Array:
-    """Queries [..., n, a, f] of normalised tokens y [..., n, d]."""
+def queries(params: Params, y: Array, setting: Setting, at: relative.Frames | None) -> Array:
+    """Queries [..., n, a, f] of normalised tokens y [..., n, d], encoded by their frames."""
     q = jnp.einsum("...nd,daf->...naf", y, params["query"]["kernel"].astype(setting.dtype))
     q = layers.rms_norm(q, params["query_norm"]["scale"], EPSILON).astype(setting.dtype)
-    return _constrain(q, "act_token", "act_heads", None)
+    return _constrain(relative.encode_query(q, at), "act_token", "act_heads", None)
 
 
-def keys_values(params: Params, y: Array, setting: Setting) -> tuple[Array, Array]:
-    """Keys and values [..., m, a, f] of normalised tokens y [..., m, d]."""
+def keys_values(
+    params: Params, y: Array, setting: Setting, at: relative.Frames | None
+) -> tuple[Array, Array]:
+    """Keys and values [..., m, a, f] of normalised tokens y [..., m, d], encoded likewise."""
     kernel = params["key_value"]["kernel"].astype(setting.dtype)
     both = jnp.einsum("...md,dkaf->...mkaf", y, kernel)
     k, v = both[..., 0, :, :], both[..., 1, :, :]
     k = layers.rms_norm(k, params["key_norm"]["scale"], EPSILON).astype(setting.dtype)
-    return tuple(_constrain(part, None, "act_heads", None) for part in (k, v))
+    k, v = (relative.encode_key_value(x, at) for x in (k, v))
+    return _constrain(k, None, "act_heads", None), _constrain(v, None, "act_heads", None)
 
 
-def add_attended(params: Params, x: Array, attended: Array, setting: Setting) -> Array:
+def add_attended(
+    params: Params, x: Array, attended: Array, setting: Setting, at: relative.Frames | None
+) -> Array:
     """x [..., n, d] plus the projection of what it attended to, [..., n, a, f]."""
+    attended = relative.decode_attended(attended, at)
     kernel = params["output"]["kernel"].astype(setting.dtype)
     return _add(x, jnp.einsum("...naf,afd->...nd", attended, kernel), setting)
 
@@ -123,31 +130,57 @@ def add_mlp(params: Params, x: Array, setting: Setting) -> Array:
     return _add(x, out, setting)
 
 
-def block(params: Params, x: Array, setting: Setting, keep: slice = slice(None)) -> Array:
+def block(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None = None,
+    keep: slice = slice(None),
+) -> Array:
     """A block over tokens that all attend to each other.
 
     Args:
       params: of one layer.
       x: [b, n, d].
       setting: how it is computed.
+      at: the tokens' frames, for relative encodings.
       keep: the tokens to return; no more than keys and values are computed of the others.
 
     Returns:
       [b, n, d] of the tokens to keep.
     """
+    return block_with_keys(params, x, setting, at, keep)[0]
+
+
+def block_with_keys(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None,
+    keep: slice = slice(None),
+) -> tuple[Array, tuple[Array, Array]]:
+    """A block as above, and the keys and values [b, n, a, f] of all its tokens."""
     y = normalized(params, "attention_norm", x, setting)
-    k, v = keys_values(params, y, setting)
-    q = queries(params, y[:, keep], setting)
+    k, v = keys_values(params, y, setting, at)
+    kept = relative.take(at, keep)
+    q = queries(params, y[:, keep], setting, kept)
     attended = attention.attention(q, k, v, implementation=setting.attention)
-    x = add_attended(params, x[:, keep], attended, setting)
-    return add_mlp(params, x, setting)
+    x = add_attended(params, x[:, keep], attended, setting, kept)
+    return add_mlp(params, x, setting), (k, v)
 
 
-def run(params: Params, x: Array, setting: Setting, keep: slice = slice(None)) -> Array:
+def run(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None = None,
+    keep: slice = slice(None),
+) -> Array:
     """A stack of blocks over tokens [b, n, d]; returns those to keep."""
     most, last = split(params, depth(params) - 1, 1)
-    x = scan(lambda layer, x: block(layer, x, setting), most, x, setting)
-    return remat(lambda layer, x: block(layer, x, setting, keep), setting)(only(last), x)
+    x = scan(lambda layer, x: block(layer, x, setting, at), most, x, setting)
+    step = remat(lambda layer, x: block(layer, x, setting, at, keep), setting)
+    return step(only(last), x)
 
 
 def scan(step: Callable[[Params, Any], Any], params: Params, x: Any, setting: Setting) -> Any:

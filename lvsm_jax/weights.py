@@ -48,6 +48,8 @@ _INPUT_NORM = {
     model.LVSM: "transformer_input_layernorm.weight",
     model.LVSMEncoderDecoder: "transformer_input_layernorm_decoder.weight",
 }
+# Options that a state_dict does not tell.
+_PUBLISHED = {"scale_residuals": False, "relative": "none", "input_sees_target": True}
 _LATENTS = "n_light_field_latent"
 
 
@@ -94,6 +96,12 @@ def to_torch(
     """
     if type(module) not in _STACKS:
         raise InputError(f"{type(module).__name__}: the published code has no such model.")
+    for name, published in _PUBLISHED.items():
+        if getattr(module, name, published) != published:
+            raise InputError(
+                f"{name}={getattr(module, name)!r}: the published code would read these weights as "
+                f"those of another model ({name}={published!r})."
+            )
     params = variables["params"]
     state = {key: _to_torch(params[a][b]) for key, (a, b) in _SHARED_NAMES.items()}
     state[_INPUT_NORM[type(module)]] = _to_torch(params["input_norm"]["scale"])
@@ -184,7 +192,7 @@ def _num_layers(arrays: Iterable[str], stack: str) -> int:
 def _expected(module: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state_dict of a module."""
     d, area = module.width, module.patch**2
-    hidden = int(d * module.mlp_ratio)
+    hidden = round(d * module.mlp_ratio)
     shapes: dict[str, tuple[int, ...]] = {
         "image_tokenizer.1.weight": (d, area * tokens.POSED_CHANNELS),
         "target_pose_tokenizer.1.weight": (d, area * tokens.RAY_CHANNELS),
