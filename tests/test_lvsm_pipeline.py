@@ -11,10 +11,7 @@ from nvs_common import cameras, trajectories, vgg19
 from nvs_common.data import frames
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
-
-CONVOLUTIONS = ((0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256))
-CONVOLUTIONS += tuple((n, 256, 256) for n in (12, 14, 16)) + ((19, 256, 512),)
-CONVOLUTIONS += tuple((n, 512, 512) for n in (21, 23, 25, 28, 30, 32, 34))
+from tests import random_vgg
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +20,9 @@ def golden(request):
     return dict(np.load(path))
 
 
-def vgg_arrays():
-    """Random weights of VGG-19 as torchvision names them, from the goldens' recipe."""
-    draw, arrays = np.random.RandomState(1234), {}
-    for number, channels, width in CONVOLUTIONS:
-        scale = np.sqrt(2 / (9 * channels))
-        arrays[f"features.{number}.weight"] = draw.randn(width, channels, 3, 3) * scale
-        arrays[f"features.{number}.bias"] = draw.randn(width) * 0.05
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
 @pytest.fixture(scope="module")
 def vgg():
-    return vgg_arrays()
+    return random_vgg.arrays()
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
