@@ -145,8 +145,8 @@ def block(params: Params, x: Array, setting: Setting, keep: slice = slice(None))
 
 def run(params: Params, x: Array, setting: Setting, keep: slice = slice(None)) -> Array:
     """A stack of blocks over tokens [b, n, d]; returns those to keep."""
-    *most, last = split(params, depth(params) - 1, 1)
-    x = scan(lambda layer, x: block(layer, x, setting), most[0], x, setting)
+    most, last = split(params, depth(params) - 1, 1)
+    x = scan(lambda layer, x: block(layer, x, setting), most, x, setting)
     return remat(lambda layer, x: block(layer, x, setting, keep), setting)(only(last), x)
 
 
@@ -173,10 +173,10 @@ def depth(params: Params) -> int:
 
 def split(params: Params, *sizes: int) -> list[Params]:
     """Cuts a stack into stacks of the given numbers of layers."""
+    leaves, structure = jax.tree.flatten(params)
     # The gradient of `split` is one concatenation; that of slices would be a sum of padded arrays.
-    parts = jax.tree.map(lambda x: jax.lax.split(x, sizes), params)
-    is_leaf = lambda x: isinstance(x, list | tuple)  # noqa: E731
-    return [jax.tree.map(lambda x: x[i], parts, is_leaf=is_leaf) for i in range(len(sizes))]
+    parts = zip(*(jax.lax.split(x, sizes) for x in leaves), strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
 
 
 def only(params: Params) -> Params:

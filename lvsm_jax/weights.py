@@ -69,7 +69,7 @@ def load_torch(
     if isinstance(source, Mapping):
         name, content = "the mapping", dict(source)
     else:
-        name, content = str(source), torch_weights.read(source)
+        name, content = str(source), torch_weights.read(source, wanted=_wanted)
     arrays = _arrays(content, name)
     module = _module(arrays, name)
     _check(arrays, _expected(module), name)
@@ -102,6 +102,11 @@ def to_torch(
     for theirs, ours in _STACKS[type(module)].items():
         state |= _unstack(params[ours], theirs)
     return state
+
+
+def _wanted(name: str) -> bool:
+    """Whether an array of a file is the model's: not the loss's, nor the optimiser's state."""
+    return IGNORED not in name and not name.startswith("optimizer/")
 
 
 def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
