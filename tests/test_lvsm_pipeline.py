@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import scipy.io
 
+import lvsm_jax
 from nvs_common import cameras, trajectories, vgg19
 from nvs_common.data import frames
 from nvs_common.errors import InputError
-from nvs_common.types import Cameras
+from nvs_common.types import Cameras, Views
 from tests import random_vgg
 
 
@@ -188,3 +189,27 @@ def test_bad_weights_of_the_perceptual_loss_are_explained(vgg, tmp_path):
     small = jnp.zeros((1, 8, 40, 3))
     with pytest.raises(InputError, match="8x40"):
         vgg19.loss(params, small, small)
+
+
+@pytest.mark.parametrize("kind", ["decoder_only", "encoder_decoder"])
+@pytest.mark.parametrize("loop", [False, True])
+def test_videos_between_the_inputs_are_the_published_ones(shared_data, kind, loop):
+    path = shared_data.parent / "goldens" / "lvsm" / f"{kind}_tiny.npz"
+    arrays = dict(np.load(path))
+    weights = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
+    module, variables = lvsm_jax.load_torch(weights)
+    count = int(arrays["in/num_input_views"])
+    images = arrays["in/image"][:, :count].transpose(0, 1, 3, 4, 2)
+    height, width = images.shape[2:4]
+    expected = arrays[f"out/video_loop{int(loop)}"].transpose(0, 1, 3, 4, 2)
+    ones = np.ones(count)
+    for scene, video in enumerate(expected):
+        pose, k = (arrays[f"in/{name}"][scene, :count] for name in ("c2w", "fxfycxcy"))
+        inputs = Cameras(pose, k, ones, 9 * ones, height, width)
+        path = trajectories.transitions(inputs, 3, loop=loop)
+        context = Views(images[scene], inputs)
+        context, targets = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float32)[None], (context, path)
+        )
+        found = jax.jit(module.apply)(variables, context, targets)
+        np.testing.assert_allclose(found[0], video, atol=2e-5)
