@@ -18,11 +18,10 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from launch import cli, trained
-from nvs_common import panels, trajectories, viewing
+from nvs_common import trajectories, viewing
 from nvs_common.data import views
 from nvs_common.errors import InputError
 
@@ -54,9 +53,6 @@ _PORT = flags.DEFINE_integer("port", 8080, "Port to serve on; the next free one 
 NORMAL, USED = (120, 120, 120), (255, 120, 20)
 # Heights of the picture that the page offers, as shares of the inputs' height.
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
-# Pictures in the cameras of larger scenes would take long to load.
-MAX_PICTURES = 200
-THUMBNAIL_HEIGHT = 64
 MOST_INPUTS = 16
 
 
@@ -115,11 +111,13 @@ class Viewer:
             return None
         client.scene.set_background_image(frame.image, format="jpeg", jpeg_quality=90)
         self._highlight(frame.inputs)
+        self._make_room(np.asarray(eye.position))
         rate = self._rate.tick(time.perf_counter(), frame.seconds)
         height, width = frame.image.shape[:2]
+        names = ", ".join(self._renderer.names[index] for index in frame.inputs)
         self.status.content = (
             f"{1e3 * frame.seconds:.0f} ms, {rate:.1f} frames/s  \n{height} x {width} pixels, "
-            f"{self._renderer.encoded} inputs encoded"
+            f"{self._renderer.encoded} inputs encoded  \nfrom {names}"
         )
         return frame
 
@@ -154,35 +152,37 @@ class Viewer:
         self.status = gui.add_markdown("waiting for a visitor's camera")
         for control in (self.height, self.num_inputs, self.mode):
             control.on_update(lambda _: self._ask_all())
-        self.show_cameras.on_update(lambda _: self._toggle_cameras())
+        self.show_cameras.on_update(lambda _: self._ask_all())
 
     def _ask_all(self) -> None:
         for client in self._server.get_clients().values():
             self.ask(client)
 
-    def _toggle_cameras(self) -> None:
-        for handle in self._cameras:
-            handle.visible = self.show_cameras.value
+    def _make_room(self, eye: np.ndarray) -> None:
+        """Shows the cameras, if the page asks for them, but not those that a visitor stands in."""
+        apart = np.linalg.norm(self._centres - eye, axis=-1)
+        shown = self.show_cameras.value & (apart > 3 * self._scale)
+        for handle, visible in zip(self._cameras, shown.tolist(), strict=True):
+            if handle.visible != visible:
+                handle.visible = visible
 
     def _add_cameras(self) -> list[Any]:
         """Shows the inputs as frusta and puts visitors at the most central of them."""
         cameras, scene = self._renderer.cameras, self._server.scene
         poses, fov = np.asarray(cameras.world_from_cam), viewing.field_of_view(cameras)
         scene.set_up_direction(-poses[:, :3, 1].mean(axis=0))
-        scale = 0.3 * _spacing(views.centers(cameras))
+        self._centres = views.centers(cameras)
+        # Length of the pyramids that stand for cameras.
+        self._scale = 0.3 * _spacing(self._centres)
         handles = []
-        # disable=None: no bar where stderr is not a terminal.
-        for index in tqdm.trange(len(poses), desc="inputs", unit="image", disable=None):
-            picture = None
-            if index < MAX_PICTURES:
-                picture = panels.thumbnail(self._renderer.picture(index), THUMBNAIL_HEIGHT)
+        for index in range(len(poses)):
+            # Without a picture in it: whoever stands at a camera would see that and no render.
             handle = scene.add_camera_frustum(
                 f"/inputs/{index}",
                 float(fov[index]),
                 cameras.width / cameras.height,
-                scale=scale,
+                scale=self._scale,
                 color=NORMAL,
-                image=picture,
                 wxyz=_quaternion(poses[index, :3, :3]),
                 position=poses[index, :3, 3],
             )

@@ -217,7 +217,11 @@ def test_controls_change_what_is_shown(viewer):
     page.height.value, page.num_inputs.value, page.mode.value = "32", 1, "depth"
     frame = page.show(client)
     assert frame.image.shape[0] == 32 and list(frame.inputs) == [2]
+    # The camera that the visitor stands in would hide the picture.
+    assert not page._cameras[2].visible and any(handle.visible for handle in page._cameras)
+    assert page.show(client) and renderer().names[2] in page.status.content
     page.show_cameras.value = False
+    page.show(client)
     assert not any(handle.visible for handle in page._cameras)
     client.camera.fov = 0.0
     assert page.show(client) is None and "reload the page" in page.status.content

@@ -103,6 +103,7 @@ class SceneRenderer:
 
     Attributes:
       cameras: [n] of the scene.
+      names: of its views.
       encoded: how many times an input was encoded so far.
     """
 
@@ -116,6 +117,7 @@ class SceneRenderer:
           name: the scene's, for errors.
         """
         self.cameras: Cameras = scene.cameras
+        self.names: tuple[str, ...] = tuple(scene.names)
         self.encoded = 0
         self._variables, self._name = variables, name
         self._read = rendering.ImageReader(scene)
