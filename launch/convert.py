@@ -111,7 +111,7 @@ def _config(value: str, converted: Converted) -> Any:
     Raises:
       InputError: no such config, one of another system, or of another architecture.
     """
-    config = cli.load_config(value)
+    config: Any = cli.load_config(value)
     if config.system != _MODEL.value:
         raise InputError(f"--settings={value}: a config of {config.system}, not {_MODEL.value}.")
     for name, field in converted.model.items():

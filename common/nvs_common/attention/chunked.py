@@ -9,7 +9,7 @@ from the denominators (FlashAttention, arXiv 2205.14135). It has no forward-mode
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=wide)
 
 
-def _scan(step, carry, xs):
+def _scan(step: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
     """lax.scan; a single step is no loop."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return jax.lax.scan(step, carry, xs)
