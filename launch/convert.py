@@ -94,7 +94,8 @@ def main(_) -> int:
     converted = CONVERTERS[_MODEL.value](_INPUT.value)
     config = _config(_START.value or str(ROOT / converted.config), converted)
     source = pathlib.Path(_INPUT.value)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     training = {"converted from": source.name, "SHA-256": digest, "licence": converted.licence}
     weights.write(out, weights.Weights(config, converted.variables, 0, training))
     card = out.with_suffix(".md")
@@ -128,8 +129,8 @@ def _card(source: str, digest: str, converted: Converted) -> str:
     facts = "\n".join(f"- {name}: {field}" for name, field in converted.model.items())
     return f"""# Weights of {_MODEL.value}, converted from `{source}`
 
-Licence: {converted.licence}. Converting does not change it; that your use is within it is for you
-to check.
+Licence: {converted.licence}.
+Converting does not change it; that your use is within it is for you to check.
 
 SHA-256 of `{source}`: `{digest}`
 
