@@ -183,18 +183,19 @@ def run(
 
 def scan(step: Callable[[Params, Any], Any], params: Params, x: Any, setting: Setting) -> Any:
     """Applies step(parameters of a layer, x) layer after layer."""
-    step = remat(step, setting)
+    step = remat(step, setting, depth(params))
     unroll = max(1, min(setting.unroll, depth(params)))
     return jax.lax.scan(lambda x, layer: (step(layer, x), None), x, params, unroll=unroll)[0]
 
 
-def remat(function: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
-    """The function, with the setting's policy for its backward pass."""
+def remat(function: Callable[..., Any], setting: Setting, steps: int = 1) -> Callable[..., Any]:
+    """The function of one of several steps, with the setting's policy for its backward pass."""
     if setting.remat == "none":
         return function
-    policy = REMAT_POLICIES[setting.remat]
-    # A loop's body is not merged with its recomputation, which `prevent_cse` guards against.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    # XLA could find that what is computed again is there already, and keep it; not where the two
+    # passes are two loops.
+    looped = setting.unroll < steps
+    return jax.checkpoint(function, policy=REMAT_POLICIES[setting.remat], prevent_cse=not looped)
 
 
 def depth(params: Params) -> int:
