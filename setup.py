@@ -37,7 +37,15 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "viewer": ["viser>=1.0"],
-        "test": ["pytest", "scikit-image", "build", "setuptools>=69", "wheel", "viser>=1.0"],
+        "test": [
+            "pytest",
+            "equinox",
+            "scikit-image",
+            "build",
+            "setuptools>=69",
+            "wheel",
+            "viser>=1.0",
+        ],
         "dev": ["ruff", "pyright[nodejs]"],
     },
 )

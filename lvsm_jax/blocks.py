@@ -8,6 +8,7 @@ scan. The residual stream is float32, matrix products have the compute type.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -95,7 +96,7 @@ def normalized(params: Params, name: str, x: Array, setting: Setting) -> Array:
 
 def queries(params: Params, y: Array, setting: Setting, at: relative.Frames | None) -> Array:
     """Queries [..., n, a, f] of normalised tokens y [..., n, d], encoded by their frames."""
-    q = jnp.einsum("...nd,daf->...naf", y, params["query"]["kernel"].astype(setting.dtype))
+    q = _dense(y, params["query"]["kernel"], setting)
     q = layers.rms_norm(q, params["query_norm"]["scale"], EPSILON).astype(setting.dtype)
     return _constrain(relative.encode_query(q, at), "act_token", "act_heads", None)
 
@@ -104,8 +105,7 @@ def keys_values(
     params: Params, y: Array, setting: Setting, at: relative.Frames | None
 ) -> tuple[Array, Array]:
     """Keys and values [..., m, a, f] of normalised tokens y [..., m, d], encoded likewise."""
-    kernel = params["key_value"]["kernel"].astype(setting.dtype)
-    both = jnp.einsum("...md,dkaf->...mkaf", y, kernel)
+    both = _dense(y, params["key_value"]["kernel"], setting)
     k, v = both[..., 0, :, :], both[..., 1, :, :]
     k = layers.rms_norm(k, params["key_norm"]["scale"], EPSILON).astype(setting.dtype)
     k, v = (relative.encode_key_value(x, at) for x in (k, v))
@@ -117,17 +117,15 @@ def add_attended(
 ) -> Array:
     """x [..., n, d] plus the projection of what it attended to, [..., n, a, f]."""
     attended = relative.decode_attended(attended, at)
-    kernel = params["output"]["kernel"].astype(setting.dtype)
-    return _add(x, jnp.einsum("...naf,afd->...nd", attended, kernel), setting)
+    return _add(x, _dense(attended, params["output"]["kernel"], setting, 2), setting)
 
 
 def add_mlp(params: Params, x: Array, setting: Setting) -> Array:
     """x [..., n, d] plus the MLP of its norm; GELU is the exact one."""
     y = normalized(params, "mlp_norm", x, setting)
-    hidden = jnp.einsum("...d,dh->...h", y, params["mlp_in"]["kernel"].astype(setting.dtype))
+    hidden = _dense(y, params["mlp_in"]["kernel"], setting)
     hidden = jax.nn.gelu(_constrain(hidden, "act_token", "act_mlp"), approximate=False)
-    out = jnp.einsum("...h,hd->...d", hidden, params["mlp_out"]["kernel"].astype(setting.dtype))
-    return _add(x, out, setting)
+    return _add(x, _dense(hidden, params["mlp_out"]["kernel"], setting), setting)
 
 
 def block(
@@ -185,18 +183,19 @@ def run(
 
 def scan(step: Callable[[Params, Any], Any], params: Params, x: Any, setting: Setting) -> Any:
     """Applies step(parameters of a layer, x) layer after layer."""
-    step = remat(step, setting)
+    step = remat(step, setting, depth(params))
     unroll = max(1, min(setting.unroll, depth(params)))
     return jax.lax.scan(lambda x, layer: (step(layer, x), None), x, params, unroll=unroll)[0]
 
 
-def remat(function: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
-    """The function, with the setting's policy for its backward pass."""
+def remat(function: Callable[..., Any], setting: Setting, steps: int = 1) -> Callable[..., Any]:
+    """The function of one of several steps, with the setting's policy for its backward pass."""
     if setting.remat == "none":
         return function
-    policy = REMAT_POLICIES[setting.remat]
-    # A loop's body is not merged with its recomputation, which `prevent_cse` guards against.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    # XLA could find that what is computed again is there already, and keep it; not where the two
+    # passes are two loops.
+    looped = setting.unroll < steps
+    return jax.checkpoint(function, policy=REMAT_POLICIES[setting.remat], prevent_cse=not looped)
 
 
 def depth(params: Params) -> int:
@@ -223,6 +222,18 @@ def cast(params: Params, dtype: Any) -> Params:
         name: {leaf: x.astype(dtype) if leaf == "kernel" else x for leaf, x in entry.items()}
         for name, entry in params.items()
     }
+
+
+def _dense(x: Array, kernel: Array, setting: Setting, num_axes: int = 1) -> Array:
+    """Contracts the last axes of x with the first ones of a kernel, in the compute type."""
+    kernel = kernel.astype(setting.dtype)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Scenes and tokens stay apart: each may be sharded.
+        return jnp.tensordot(x, kernel, num_axes)
+    # As one matrix product, whose gradient needs no transposed copies on a CPU.
+    size = math.prod(kernel.shape[:num_axes])
+    out = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return out.reshape(*x.shape[:-num_axes], *kernel.shape[num_axes:])
 
 
 def _add(x: Array, branch: Array, setting: Setting) -> Array:

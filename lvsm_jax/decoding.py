@@ -98,7 +98,8 @@ def cache_inputs(
 ) -> Cache:
     """What targets attend to where the inputs [b, m, d] attend among themselves alone."""
     most, last = blocks.split(params, blocks.depth(params) - 1, 1)
-    step = blocks.remat(lambda x, layer: blocks.block_with_keys(layer, x, setting, at), setting)
+    step = lambda x, layer: blocks.block_with_keys(layer, x, setting, at)  # noqa: E731
+    step = blocks.remat(step, setting, blocks.depth(most))
     tokens, below = jax.lax.scan(step, tokens, most)
     y = blocks.normalized(blocks.only(last), "attention_norm", tokens, setting)
     top = blocks.keys_values(blocks.only(last), y, setting, at)
@@ -141,7 +142,7 @@ def run_cached(
         return block(layer[0], layer[1], own, setting, at)
 
     layers: Any = (params, cache)
-    step = blocks.remat(step, setting)
+    step = blocks.remat(step, setting, blocks.depth(params))
     unroll = max(1, min(setting.unroll, blocks.depth(params)))
     return jax.lax.scan(lambda x, layer: (step(layer, x), None), own, layers, unroll=unroll)[0]
 

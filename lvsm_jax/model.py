@@ -109,7 +109,7 @@ class Trunk(nn.Module):
             return render(targets)
         if self.remat != "none":
             # The backward pass, too, holds one chunk at a time.
-            render = jax.checkpoint(render, prevent_cse=False)
+            render = jax.checkpoint(render)
         whole = count - count % chunk
         split = lambda x: x[:, :whole].reshape(x.shape[0], -1, chunk, *x.shape[2:])  # noqa: E731
         chunks = jax.tree.map(lambda x: jnp.moveaxis(split(jnp.asarray(x)), 1, 0), targets)

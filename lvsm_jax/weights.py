@@ -23,6 +23,9 @@ from nvs_common.types import Variables
 # Training writes the frozen network of its loss beside the model.
 IGNORED = "loss_computer."
 
+# Names that an error lists one by one.
+MAX_LISTED = 40
+
 _LAYER_NAMES = {
     "norm1.weight": ("attention_norm", "scale"),
     "norm2.weight": ("mlp_norm", "scale"),
@@ -222,12 +225,17 @@ def _check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], name: st
     missing, unknown = sorted(shapes.keys() - arrays), sorted(arrays.keys() - shapes)
     if missing or unknown:
         raise InputError(
-            f"{name}: not the arrays of an LVSM; missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}."
+            f"{name}: not the arrays of an LVSM; missing: {_listed(missing)}; unknown: "
+            f"{_listed(unknown)}."
         )
     for key, shape in shapes.items():
         if arrays[key].shape != shape:
             raise InputError(f"{name}: {key} has shape {arrays[key].shape}, expected {shape}.")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return (", ".join(names[:MAX_LISTED]) or "none") + more
 
 
 def _stack(arrays: Mapping[str, np.ndarray], stack: str, head_size: int) -> dict[str, Any]:

@@ -147,6 +147,26 @@ def test_a_named_implementation_fails_loudly():
     assert attention.merges(None, jnp.bfloat16) and not attention.merges("cudnn", jnp.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_cudnn_is_near_the_reference_with_its_gradients():
+    inputs = arrays(2, 128, 192, 2, 64, jnp.bfloat16)
+
+    def both(name):
+        loss = lambda *x: jnp.sum(  # noqa: E731
+            jnp.sin(attention.attention(*x, implementation=name).astype(jnp.float32))
+        )
+        return attention.attention(*inputs, implementation=name), jax.grad(loss, (0, 1, 2))(*inputs)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=5e-2
+        ),
+        both("cudnn"),
+        both("reference"),
+    )
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v = arrays(1, 4, 4, 2, 8, jnp.float32)
     for bad in [(q[:, :, :1], k, v), (q, k[:, :3], v), (q[0], k[0], v[0]), (q, k[..., :4], v)]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lvsm_jax import LVSM, blocks, model
+from lvsm_jax import LVSM, LVSMEncoderDecoder, blocks, model
 from nvs_common import errors, layers, sharding
 from nvs_common.types import Views
 from tests import small_lvsm
@@ -147,6 +147,30 @@ def test_options_that_save_memory_change_nothing(kind):
     np.testing.assert_allclose(saving, plain, rtol=0, atol=2e-6)
 
 
+def temporaries(change=lambda f: f, num_targets=8, **options):
+    """Bytes that XLA plans for a small model beside arguments and results."""
+    context, targets = small_lvsm.views(1), small_lvsm.cameras((1, num_targets))
+    module = small_lvsm.decoder_only(layers=6, **options)
+    variables = small_lvsm.variables(module)
+    render = lambda v: jnp.sum(module.apply(v, context, targets) ** 2)  # noqa: E731
+    compiled = jax.jit(change(render)).lower(variables).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_remat_stores_less():
+    assert temporaries(jax.grad, remat="full") < 0.6 * temporaries(jax.grad, remat="none")
+
+
+def test_chunks_need_no_memory_for_more_targets_but_their_pictures():
+    pictures = 16 * 8 * 12 * 3 * 4
+    grown = {
+        chunk: temporaries(num_targets=24, target_chunk=chunk)
+        - temporaries(num_targets=8, target_chunk=chunk)
+        for chunk in (0, 1)
+    }
+    assert grown[1] < 3 * pictures < grown[0] / 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_does_not_see_the_others(kind):
     module = small_lvsm.KINDS[kind]()
@@ -229,6 +253,13 @@ def test_initial_deviations_follow_the_depth_of_each_stack(depth_init):
     for name in ("image_tokenizer", "target_tokenizer", "head"):
         np.testing.assert_allclose(np.std(params[name]["kernel"]), 0.02, rtol=0.03)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_the_defaults_have_the_published_numbers_of_parameters():
+    views, targets = small_lvsm.views(1, 1, height=8, width=8), small_lvsm.cameras((1, 1), 8, 8)
+    for module, count in [(LVSM(), 170_795_520), (LVSMEncoderDecoder(), 173_154_816)]:
+        shapes = jax.eval_shape(module.init, jax.random.key(0), views, targets)
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
 def test_sizes_that_do_not_fit_are_explained():

@@ -8,8 +8,7 @@ from the denominators (FlashAttention, arXiv 2205.14135). It has no forward-mode
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +50,7 @@ def tiled(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array,
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(log_sum, 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array, Array]:
+def _values(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array, Array]:
     """Of [b, a, n, f] and [b, a, m, f]: [b, a, n, f] and [b, a, n]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     keys = _key_tiles(k, v, side)
@@ -76,7 +74,7 @@ def _attend(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Arra
 
 
 def _forward(q: Array, k: Array, v: Array, scale: float, side: int):
-    out, log_sum = _attend(q, k, v, scale, side)
+    out, log_sum = _values(q, k, v, scale, side)
     return (out, log_sum), (q, k, v, out, log_sum)
 
 
@@ -110,6 +108,7 @@ def _backward(scale: float, side: int, saved, cotangents):
     return tuple(x.astype(like.dtype) for x, like in zip(parts, (q, k, v), strict=True))
 
 
+_attend: Any = jax.custom_vjp(_values, nondiff_argnums=(3, 4))
 _attend.defvjp(_forward, _backward)
 
 
@@ -124,7 +123,7 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=wide)
 
 
-def _scan(step, carry, xs):
+def _scan(step: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
     """lax.scan; a single step is no loop."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return jax.lax.scan(step, carry, xs)
