@@ -355,6 +355,12 @@ def test_sky_is_brighter_than_hills_and_finite():
     assert np.isfinite(light).all() and light.max() > 3 * scene.stage.sky.hill.max()
 
 
+def test_a_lamp_above_a_low_dome_lights_the_scene():
+    # Its corner rays pass beside the dome.
+    world = procedural.World(num_views=18, baseline=(0.008, 0.3))
+    assert np.isfinite(world[59217].images(np.array([0]))).all()
+
+
 def test_bad_options_are_refused_by_name():
     with pytest.raises(InputError, match="kinds.*moon"):
         procedural.World(kinds=("moon",))

@@ -334,7 +334,8 @@ def _under_dome(surround: Surround, origin: np.ndarray, d) -> tuple[np.ndarray, 
     a = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     b = o[:, 0] * d[0] + o[:, 1] * d[1] + o[:, 2] * d[2]
     c = (o * o).sum(axis=1) - 1
-    dome = np.float32(radius) * (np.sqrt(b * b - a * c) - b) / a
+    # A lamp may stand above a low dome; its rays that pass by end where they come nearest to it.
+    dome = np.float32(radius) * (np.sqrt(np.maximum(b * b - a * c, 0)) - b) / a
     height = origin[:, 2].astype(np.float32)[:, None, None, None]
     with np.errstate(divide="ignore"):
         ground = np.where(d[2] < 0, -height / d[2], np.inf)
