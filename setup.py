@@ -37,7 +37,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "viewer": ["viser>=1.0"],
-        "test": ["pytest", "scikit-image", "build", "setuptools>=69", "wheel"],
+        "test": ["pytest", "equinox", "scikit-image", "build", "setuptools>=69", "wheel"],
         "dev": ["ruff", "pyright[nodejs]"],
     },
 )

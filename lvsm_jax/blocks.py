@@ -8,12 +8,14 @@ scan. The residual stream is float32, matrix products have the compute type.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from lvsm_jax import relative
 from nvs_common import attention, layers, sharding
 from nvs_common.types import Array
 
@@ -92,62 +94,91 @@ def normalized(params: Params, name: str, x: Array, setting: Setting) -> Array:
     return layers.layer_norm(x, params[name]["scale"], EPSILON).astype(setting.dtype)
 
 
-def queries(params: Params, y: Array, setting: Setting) -> Array:
-    """Queries [..., n, a, f] of normalised tokens y [..., n, d]."""
-    q = jnp.einsum("...nd,daf->...naf", y, params["query"]["kernel"].astype(setting.dtype))
+def queries(params: Params, y: Array, setting: Setting, at: relative.Frames | None) -> Array:
+    """Queries [..., n, a, f] of normalised tokens y [..., n, d], encoded by their frames."""
+    q = _dense(y, params["query"]["kernel"], setting)
     q = layers.rms_norm(q, params["query_norm"]["scale"], EPSILON).astype(setting.dtype)
-    return _constrain(q, "act_token", "act_heads", None)
+    return _constrain(relative.encode_query(q, at), "act_token", "act_heads", None)
 
 
-def keys_values(params: Params, y: Array, setting: Setting) -> tuple[Array, Array]:
-    """Keys and values [..., m, a, f] of normalised tokens y [..., m, d]."""
-    kernel = params["key_value"]["kernel"].astype(setting.dtype)
-    both = jnp.einsum("...md,dkaf->...mkaf", y, kernel)
+def keys_values(
+    params: Params, y: Array, setting: Setting, at: relative.Frames | None
+) -> tuple[Array, Array]:
+    """Keys and values [..., m, a, f] of normalised tokens y [..., m, d], encoded likewise."""
+    both = _dense(y, params["key_value"]["kernel"], setting)
     k, v = both[..., 0, :, :], both[..., 1, :, :]
     k = layers.rms_norm(k, params["key_norm"]["scale"], EPSILON).astype(setting.dtype)
-    return tuple(_constrain(part, None, "act_heads", None) for part in (k, v))
+    k, v = (relative.encode_key_value(x, at) for x in (k, v))
+    return _constrain(k, None, "act_heads", None), _constrain(v, None, "act_heads", None)
 
 
-def add_attended(params: Params, x: Array, attended: Array, setting: Setting) -> Array:
+def add_attended(
+    params: Params, x: Array, attended: Array, setting: Setting, at: relative.Frames | None
+) -> Array:
     """x [..., n, d] plus the projection of what it attended to, [..., n, a, f]."""
-    kernel = params["output"]["kernel"].astype(setting.dtype)
-    return _add(x, jnp.einsum("...naf,afd->...nd", attended, kernel), setting)
+    attended = relative.decode_attended(attended, at)
+    return _add(x, _dense(attended, params["output"]["kernel"], setting, 2), setting)
 
 
 def add_mlp(params: Params, x: Array, setting: Setting) -> Array:
     """x [..., n, d] plus the MLP of its norm; GELU is the exact one."""
     y = normalized(params, "mlp_norm", x, setting)
-    hidden = jnp.einsum("...d,dh->...h", y, params["mlp_in"]["kernel"].astype(setting.dtype))
+    hidden = _dense(y, params["mlp_in"]["kernel"], setting)
     hidden = jax.nn.gelu(_constrain(hidden, "act_token", "act_mlp"), approximate=False)
-    out = jnp.einsum("...h,hd->...d", hidden, params["mlp_out"]["kernel"].astype(setting.dtype))
-    return _add(x, out, setting)
+    return _add(x, _dense(hidden, params["mlp_out"]["kernel"], setting), setting)
 
 
-def block(params: Params, x: Array, setting: Setting, keep: slice = slice(None)) -> Array:
+def block(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None = None,
+    keep: slice = slice(None),
+) -> Array:
     """A block over tokens that all attend to each other.
 
     Args:
       params: of one layer.
       x: [b, n, d].
       setting: how it is computed.
+      at: the tokens' frames, for relative encodings.
       keep: the tokens to return; no more than keys and values are computed of the others.
 
     Returns:
       [b, n, d] of the tokens to keep.
     """
+    return block_with_keys(params, x, setting, at, keep)[0]
+
+
+def block_with_keys(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None,
+    keep: slice = slice(None),
+) -> tuple[Array, tuple[Array, Array]]:
+    """A block as above, and the keys and values [b, n, a, f] of all its tokens."""
     y = normalized(params, "attention_norm", x, setting)
-    k, v = keys_values(params, y, setting)
-    q = queries(params, y[:, keep], setting)
+    k, v = keys_values(params, y, setting, at)
+    kept = relative.take(at, keep)
+    q = queries(params, y[:, keep], setting, kept)
     attended = attention.attention(q, k, v, implementation=setting.attention)
-    x = add_attended(params, x[:, keep], attended, setting)
-    return add_mlp(params, x, setting)
+    x = add_attended(params, x[:, keep], attended, setting, kept)
+    return add_mlp(params, x, setting), (k, v)
 
 
-def run(params: Params, x: Array, setting: Setting, keep: slice = slice(None)) -> Array:
+def run(
+    params: Params,
+    x: Array,
+    setting: Setting,
+    at: relative.Frames | None = None,
+    keep: slice = slice(None),
+) -> Array:
     """A stack of blocks over tokens [b, n, d]; returns those to keep."""
     most, last = split(params, depth(params) - 1, 1)
-    x = scan(lambda layer, x: block(layer, x, setting), most, x, setting)
-    return remat(lambda layer, x: block(layer, x, setting, keep), setting)(only(last), x)
+    x = scan(lambda layer, x: block(layer, x, setting, at), most, x, setting)
+    step = remat(lambda layer, x: block(layer, x, setting, at, keep), setting)
+    return step(only(last), x)
 
 
 def scan(step: Callable[[Params, Any], Any], params: Params, x: Any, setting: Setting) -> Any:
@@ -190,6 +221,18 @@ def cast(params: Params, dtype: Any) -> Params:
         name: {leaf: x.astype(dtype) if leaf == "kernel" else x for leaf, x in entry.items()}
         for name, entry in params.items()
     }
+
+
+def _dense(x: Array, kernel: Array, setting: Setting, num_axes: int = 1) -> Array:
+    """Contracts the last axes of x with the first ones of a kernel, in the compute type."""
+    kernel = kernel.astype(setting.dtype)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Scenes and tokens stay apart: each may be sharded.
+        return jnp.tensordot(x, kernel, num_axes)
+    # As one matrix product, whose gradient needs no transposed copies on a CPU.
+    size = math.prod(kernel.shape[:num_axes])
+    out = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return out.reshape(*x.shape[:-num_axes], *kernel.shape[num_axes:])
 
 
 def _add(x: Array, branch: Array, setting: Setting) -> Array:

@@ -1,17 +1,18 @@
 """Targets that attend, in every block, to tokens that all targets of a scene share.
 
-`Shared` holds what does not depend on the targets; it is computed once for all of them. Exact:
-the same pictures as one sequence [shared tokens, tokens of a target] for each target.
+`Shared` and `Cache` hold what does not depend on the targets; they are computed once for all of
+them. Exact: the same pictures as one sequence [shared tokens, tokens of a target] for each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from lvsm_jax import blocks
+from lvsm_jax import blocks, relative
 from nvs_common import attention
 from nvs_common.types import Array
 
@@ -21,31 +22,48 @@ class Shared(NamedTuple):
 
     Attributes:
       tokens: [b, m, d].
+      at: their frames [b, m, ...], for relative encodings.
       query, key, value: [b, m, a, f].
       attended: attention of the shared tokens to each other; None where the device's attention
         is not computed in parts.
     """
 
     tokens: Array
+    at: relative.Frames | None
     query: Array
     key: Array
     value: Array
     attended: attention.Partial | None
 
 
-def share(params: blocks.Params, tokens: Array, setting: blocks.Setting) -> Shared:
+class Cache(NamedTuple):
+    """Keys and values of the inputs in every layer, [l, b, m, a, f]: a scene, ready to render."""
+
+    key: Array
+    value: Array
+
+
+def share(
+    params: blocks.Params, tokens: Array, setting: blocks.Setting, at: relative.Frames | None = None
+) -> Shared:
     """Prepares shared tokens [b, m, d] for a stack of blocks."""
     first = blocks.only(blocks.split(params, 1, blocks.depth(params) - 1)[0])
     y = blocks.normalized(first, "attention_norm", tokens, setting)
-    query = blocks.queries(first, y, setting)
-    key, value = blocks.keys_values(first, y, setting)
+    query = blocks.queries(first, y, setting, at)
+    key, value = blocks.keys_values(first, y, setting, at)
     attended = None
     if attention.merges(setting.attention, setting.dtype) and blocks.depth(params) > 1:
         attended = attention.with_log_sum(query, key, value, implementation=setting.attention)
-    return Shared(tokens, query, key, value, attended)
+    return Shared(tokens, at, query, key, value, attended)
 
 
-def run(params: blocks.Params, shared: Shared, own: Array, setting: blocks.Setting) -> Array:
+def run(
+    params: blocks.Params,
+    shared: Shared,
+    own: Array,
+    setting: blocks.Setting,
+    at: relative.Frames | None = None,
+) -> Array:
     """A stack of blocks in which all tokens of a target and the shared ones see each other.
 
     Args:
@@ -53,21 +71,93 @@ def run(params: blocks.Params, shared: Shared, own: Array, setting: blocks.Setti
       shared: from `share`, with the same parameters.
       own: [b, t, n, d] tokens of each target.
       setting: how it is computed.
+      at: frames of the targets' tokens, [b, t, n, ...].
 
     Returns:
       [b, t, n, d].
     """
-    num_layers, num_shared = blocks.depth(params), shared.tokens.shape[1]
+    num_layers, (num_scenes, num_targets) = blocks.depth(params), own.shape[:2]
+    attended_to = (shared.key, shared.value)
     if num_layers == 1:
-        step = blocks.remat(lambda layer, own: _own(layer, shared, own, setting), setting)
-        return step(blocks.only(params), own)
+        only = lambda layer, own: attend_block(layer, attended_to, own, setting, at)  # noqa: E731
+        return blocks.remat(only, setting)(blocks.only(params), own)
     first, middle, last = blocks.split(params, 1, num_layers - 2, 1)
-    step = blocks.remat(lambda layer, own: _first_block(layer, shared, own, setting), setting)
+    every = jax.tree.map(lambda x: repeat(x, "b ... -> (b t) ...", t=num_targets), shared.at)
+    flat = jax.tree.map(lambda x: rearrange(x, "b t ... -> (b t) ..."), at)
+    every = relative.concatenate([every, flat])
+    step = blocks.remat(lambda layer, own: _first_block(layer, shared, own, setting, at), setting)
     x = step(blocks.only(first), own)
-    x = blocks.scan(lambda layer, x: blocks.block(layer, x, setting), middle, x, setting)
-    keep = slice(num_shared, None)
-    step = blocks.remat(lambda layer, x: blocks.block(layer, x, setting, keep), setting)
-    return rearrange(step(blocks.only(last), x), "(b t) n d -> b t n d", b=own.shape[0])
+    x = blocks.scan(lambda layer, x: blocks.block(layer, x, setting, every), middle, x, setting)
+    keep = slice(shared.tokens.shape[1], None)
+    step = blocks.remat(lambda layer, x: blocks.block(layer, x, setting, every, keep), setting)
+    return rearrange(step(blocks.only(last), x), "(b t) n d -> b t n d", b=num_scenes)
+
+
+def cache_inputs(
+    params: blocks.Params, tokens: Array, setting: blocks.Setting, at: relative.Frames | None
+) -> Cache:
+    """What targets attend to where the inputs [b, m, d] attend among themselves alone."""
+    most, last = blocks.split(params, blocks.depth(params) - 1, 1)
+    step = blocks.remat(lambda x, layer: blocks.block_with_keys(layer, x, setting, at), setting)
+    tokens, below = jax.lax.scan(step, tokens, most)
+    y = blocks.normalized(blocks.only(last), "attention_norm", tokens, setting)
+    top = blocks.keys_values(blocks.only(last), y, setting, at)
+    return Cache(*(jnp.concatenate([x, y[None]]) for x, y in zip(below, top, strict=True)))
+
+
+def cache_features(
+    params: blocks.Params, features: Array, setting: blocks.Setting, at: relative.Frames | None
+) -> Cache:
+    """What targets attend to where all layers look at the same features [b, m, d]."""
+    y = features.astype(setting.dtype)
+    return Cache(*jax.lax.map(lambda layer: blocks.keys_values(layer, y, setting, at), params))
+
+
+def run_cached(
+    params: blocks.Params,
+    cache: Cache,
+    own: Array,
+    setting: blocks.Setting,
+    at: relative.Frames | None = None,
+    *,
+    sees_own: bool,
+) -> Array:
+    """A stack of blocks in which targets attend to a cache that they do not change.
+
+    Args:
+      params: stacked.
+      cache: of the inputs.
+      own: [b, t, n, d] tokens of each target.
+      setting: how it is computed.
+      at: frames of the targets' tokens, [b, t, n, ...].
+      sees_own: whether the tokens of a target also attend to each other.
+
+    Returns:
+      [b, t, n, d].
+    """
+
+    def step(layer: tuple[blocks.Params, Cache], own: Array) -> Array:
+        block = attend_block if sees_own else _cross_block
+        return block(layer[0], layer[1], own, setting, at)
+
+    layers: Any = (params, cache)
+    step = blocks.remat(step, setting)
+    unroll = max(1, min(setting.unroll, blocks.depth(params)))
+    return jax.lax.scan(lambda x, layer: (step(layer, x), None), own, layers, unroll=unroll)[0]
+
+
+def attend_block(
+    params: blocks.Params,
+    shared: tuple[Array, Array],
+    own: Array,
+    setting: blocks.Setting,
+    at: relative.Frames | None,
+) -> Array:
+    """A block of targets' tokens [b, t, n, d] over shared keys and values and a target's own."""
+    y = blocks.normalized(params, "attention_norm", own, setting)
+    q, keys = blocks.queries(params, y, setting, at), blocks.keys_values(params, y, setting, at)
+    own = blocks.add_attended(params, own, attend(q, shared, keys, setting), setting, at)
+    return blocks.add_mlp(params, own, setting)
 
 
 def attend(
@@ -101,32 +191,44 @@ def attend(
     return attention.merge(parts)
 
 
-def _own(params: blocks.Params, shared: Shared, own: Array, setting: blocks.Setting) -> Array:
-    """The first block of a target's own tokens, [b, t, n, d]."""
+def _cross_block(
+    params: blocks.Params,
+    shared: tuple[Array, Array],
+    own: Array,
+    setting: blocks.Setting,
+    at: relative.Frames | None,
+) -> Array:
+    """A block of targets' tokens [b, t, n, d] over shared keys and values alone."""
     y = blocks.normalized(params, "attention_norm", own, setting)
-    q, (k, v) = blocks.queries(params, y, setting), blocks.keys_values(params, y, setting)
-    attended = attend(q, (shared.key, shared.value), (k, v), setting)
-    own = blocks.add_attended(params, own, attended, setting)
+    q = blocks.queries(params, y, setting, at)
+    together = rearrange(q, "b t n a f -> b (t n) a f")
+    attended = attention.attention(together, *shared, implementation=setting.attention)
+    own = blocks.add_attended(params, own, attended.reshape(q.shape), setting, at)
     return blocks.add_mlp(params, own, setting)
 
 
 def _first_block(
-    params: blocks.Params, shared: Shared, own: Array, setting: blocks.Setting
+    params: blocks.Params,
+    shared: Shared,
+    own: Array,
+    setting: blocks.Setting,
+    at: relative.Frames | None,
 ) -> Array:
     """The first block of all tokens, [(b t), m + n, d]."""
     num_targets = own.shape[1]
     y = blocks.normalized(params, "attention_norm", own, setting)
-    q, (k, v) = blocks.queries(params, y, setting), blocks.keys_values(params, y, setting)
-    attended = jnp.concatenate(
-        [
-            _attend_from_shared(shared, k, v, setting),
-            attend(q, (shared.key, shared.value), (k, v), setting),
-        ],
-        axis=2,
+    q, (k, v) = blocks.queries(params, y, setting, at), blocks.keys_values(params, y, setting, at)
+    from_shared = _attend_from_shared(shared, k, v, setting)
+    from_own = attend(q, (shared.key, shared.value), (k, v), setting)
+    tokens, above = jax.tree.map(
+        lambda x: repeat(x, "b ... -> b t ...", t=num_targets), (shared.tokens, shared.at)
     )
-    x = jnp.concatenate([repeat(shared.tokens, "b m d -> b t m d", t=num_targets), own], axis=2)
-    x, attended = (x.reshape(-1, *x.shape[2:]) for x in (x, attended))
-    return blocks.add_mlp(params, blocks.add_attended(params, x, attended, setting), setting)
+    parts = [
+        blocks.add_attended(params, tokens, from_shared, setting, above),
+        blocks.add_attended(params, own, from_own, setting, at),
+    ]
+    x = rearrange(jnp.concatenate(parts, axis=2), "b t n d -> (b t) n d")
+    return blocks.add_mlp(params, x, setting)
 
 
 def _attend_from_shared(shared: Shared, k: Array, v: Array, setting: blocks.Setting) -> Array:

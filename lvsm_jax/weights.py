@@ -23,6 +23,9 @@ from nvs_common.types import Variables
 # Training writes the frozen network of its loss beside the model.
 IGNORED = "loss_computer."
 
+# Names that an error lists one by one.
+MAX_LISTED = 40
+
 _LAYER_NAMES = {
     "norm1.weight": ("attention_norm", "scale"),
     "norm2.weight": ("mlp_norm", "scale"),
@@ -48,6 +51,8 @@ _INPUT_NORM = {
     model.LVSM: "transformer_input_layernorm.weight",
     model.LVSMEncoderDecoder: "transformer_input_layernorm_decoder.weight",
 }
+# Options that a state_dict does not tell.
+_PUBLISHED = {"scale_residuals": False, "relative": "none", "input_sees_target": True}
 _LATENTS = "n_light_field_latent"
 
 
@@ -94,6 +99,12 @@ def to_torch(
     """
     if type(module) not in _STACKS:
         raise InputError(f"{type(module).__name__}: the published code has no such model.")
+    for name, published in _PUBLISHED.items():
+        if getattr(module, name, published) != published:
+            raise InputError(
+                f"{name}={getattr(module, name)!r}: the published code would read these weights as "
+                f"those of another model ({name}={published!r})."
+            )
     params = variables["params"]
     state = {key: _to_torch(params[a][b]) for key, (a, b) in _SHARED_NAMES.items()}
     state[_INPUT_NORM[type(module)]] = _to_torch(params["input_norm"]["scale"])
@@ -184,7 +195,7 @@ def _num_layers(arrays: Iterable[str], stack: str) -> int:
 def _expected(module: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state_dict of a module."""
     d, area = module.width, module.patch**2
-    hidden = int(d * module.mlp_ratio)
+    hidden = round(d * module.mlp_ratio)
     shapes: dict[str, tuple[int, ...]] = {
         "image_tokenizer.1.weight": (d, area * tokens.POSED_CHANNELS),
         "target_pose_tokenizer.1.weight": (d, area * tokens.RAY_CHANNELS),
@@ -214,12 +225,17 @@ def _check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], name: st
     missing, unknown = sorted(shapes.keys() - arrays), sorted(arrays.keys() - shapes)
     if missing or unknown:
         raise InputError(
-            f"{name}: not the arrays of an LVSM; missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}."
+            f"{name}: not the arrays of an LVSM; missing: {_listed(missing)}; unknown: "
+            f"{_listed(unknown)}."
         )
     for key, shape in shapes.items():
         if arrays[key].shape != shape:
             raise InputError(f"{name}: {key} has shape {arrays[key].shape}, expected {shape}.")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return (", ".join(names[:MAX_LISTED]) or "none") + more
 
 
 def _stack(arrays: Mapping[str, np.ndarray], stack: str, head_size: int) -> dict[str, Any]:

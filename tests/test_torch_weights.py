@@ -1,5 +1,6 @@
 """Foreign files of weights: read without PyTorch, and without running anything that is in them."""
 
+import collections
 import io
 import pickle
 import zipfile
@@ -57,6 +58,14 @@ def test_tensors_may_share_a_storage(tmp_path):
     pickled = b"\x80\x02}(X\x01\x00\x00\x00a" + whole + b"X\x01\x00\x00\x00b" + part + b"u."
     got = torch_weights.read(torch_files.write(tmp_path / "a.pt", pickled, storages))
     equal(got, {"a": numbers, "b": np.float32([[2, 4], [3, 5]])})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_attributes_of_a_state_dict_are_left_out(tmp_path, protocol):
+    state = collections.OrderedDict(step=2**40, names=["a", "a"], nothing=(None, True, 0.5))
+    state._metadata = collections.OrderedDict({"": {"version": 1}})
+    file = torch_files.write(tmp_path / "a.pt", pickle.dumps(state, protocol), {})
+    assert torch_weights.read(file) == dict(state)
 
 
 def test_what_is_not_wanted_is_not_read(tmp_path):

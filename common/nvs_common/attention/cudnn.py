@@ -39,4 +39,7 @@ def attention(
             "attention implementation 'cudnn' has no gradient of the softmax's denominator, which "
             "attention in parts needs; use 'xla' or None."
         )
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), None
+    try:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), None
+    except RuntimeError as e:  # NotImplementedError, for sizes, is one
+        raise NotImplementedError(f"attention implementation 'cudnn': {e}") from e
