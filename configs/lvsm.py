@@ -9,6 +9,8 @@ and object_{decoder_only,encoder_decoder}_{256,512} (four inputs around an objec
 start from the 256 ones: --config.init_from=RUN. Variants follow after commas:
 
 - `one_gpu` and `two_gpus`: the small recipes, 6 and 12 layers, batches of 64;
+- of decoder-only settings, what came after LVSM: `prope` and `gta` (relative camera encoding),
+  `prefix` (inputs do not see targets, and are kept as keys and values), `cross_attention` (SVSM);
 - `overfit` (of `tiny`): one scene until it is learnt by heart.
 
 PSNR on RealEstate10K as published: 29.67 (decoder-only, 256), 28.58 (encoder-decoder, 256),
@@ -175,6 +177,16 @@ def _two_gpus(config: Any) -> None:
     config.update(batch_size=64, accumulate=4)
 
 
+def _prefix(config: Any) -> None:
+    config.model.input_sees_target = False
+
+
+def _cross_attention(config: Any) -> None:
+    half = config.model.layers // 2
+    del config.model.layers
+    config.model.update(architecture="cross_attention", encoder_layers=half, decoder_layers=half)
+
+
 def _tiny() -> Any:
     """Learns in minutes on two CPU cores: 32 x 32 pixels, 471,232 parameters."""
     config = _base()
@@ -219,4 +231,12 @@ SETTINGS = {
     "object_encoder_decoder_256": _object_encoder_decoder_256,
     "object_encoder_decoder_512": _object_encoder_decoder_512,
 }
-VARIANTS = {"one_gpu": _one_gpu, "two_gpus": _two_gpus, "overfit": _overfit}
+VARIANTS = {
+    "one_gpu": _one_gpu,
+    "two_gpus": _two_gpus,
+    "prope": lambda config: config.model.update(relative="prope"),
+    "gta": lambda config: config.model.update(relative="gta"),
+    "prefix": _prefix,
+    "cross_attention": _cross_attention,
+    "overfit": _overfit,
+}

@@ -14,7 +14,11 @@ from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MODULES = {"decoder_only": model.LVSM, "encoder_decoder": model.LVSMEncoderDecoder}
+MODULES = {
+    "decoder_only": model.LVSM,
+    "encoder_decoder": model.LVSMEncoderDecoder,
+    "cross_attention": model.SVSM,
+}
 # Cameras that define the frame in which the network sees all of them.
 NORMALIZE = ("all", "inputs", "none")
 

@@ -165,6 +165,16 @@ def test_every_setting_makes_its_model(setting):
     assert jax.tree.structure(specs) == jax.tree.structure(shapes["params"])
 
 
+@pytest.mark.parametrize("variant", ["prope", "gta", "prefix", "cross_attention"])
+def test_later_variants_make_a_model(variant):
+    config = lvsm_config.get_config(f"tiny,{variant}")
+    made = task.make(config)
+    shapes = trained.abstract_variables(made, 2, 32, 32)
+    sharding.param_specs(shapes["params"], made.param_axes)
+    module, plain = (task.make_module(c.model) for c in (config, lvsm_config.get_config("tiny")))
+    assert module != plain
+
+
 def test_small_recipes_have_their_layers():
     sizes = {}
     for name in ("one_gpu", "two_gpus"):
