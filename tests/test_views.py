@@ -107,6 +107,17 @@ def test_window_ends_are_context_and_its_length_is_within_the_range():
     assert lengths == {10, 11, 12, 13, 14}
 
 
+def test_nearest_random_targets_may_repeat_context_only_when_asked():
+    repeats = 0
+    for seed in range(50):
+        choice = views.nearest_random(
+            on_a_line(20), rng(seed), num_context=2, num_target=2, targets_may_be_context=True
+        )
+        repeats += bool(set(choice.target.tolist()) & set(choice.context.tolist()))
+        assert len(set(choice.target.tolist())) == 2
+    assert 10 < repeats < 50
+
+
 def test_window_is_cut_to_a_short_video():
     choice = views.window(12, rng(), num_context=2, num_target=1, min_distance=5, max_distance=192)
     assert choice.context[1] - choice.context[0] <= 11

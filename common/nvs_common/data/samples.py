@@ -27,7 +27,7 @@ class Sampler:
       nearest: the pool of nearest views of "nearest_random".
       min_distance: least frame distance of "window".
       max_distance: greatest frame distance of "window".
-      targets_may_be_context: of "window".
+      targets_may_be_context: of "nearest_random" and "window".
       min_context: with 1 or more, every batch has a number of context views drawn from
         [min_context, num_context], the same for all of its scenes; 0: always num_context.
       skip_short_scenes: leave out a folder's scenes with too few views, which are an error
@@ -89,7 +89,14 @@ class Sampler:
         name = f"scene {scene.source}"
         if self.choice == "nearest_random":
             cameras = scene.cameras[allowed]
-            drawn = views.nearest_random(cameras, rng, pool=self.nearest, name=name, **counts)
+            drawn = views.nearest_random(
+                cameras,
+                rng,
+                pool=self.nearest,
+                targets_may_be_context=self.targets_may_be_context,
+                name=name,
+                **counts,
+            )
         elif self.choice == "window":
             drawn = views.window(
                 len(allowed),

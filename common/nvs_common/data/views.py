@@ -63,6 +63,7 @@ def nearest_random(
     num_context: int,
     num_target: int = 1,
     pool: int = 16,
+    targets_may_be_context: bool = False,
     name: str = "scene",
 ) -> Choice:
     """A random target and context drawn from the views nearest to it (Quark, section 3.4).
@@ -78,6 +79,7 @@ def nearest_random(
       num_context: v.
       num_target: t.
       pool: how many nearest cameras the context is drawn from; the config's `nearest`.
+      targets_may_be_context: in the end draw the targets among all drawn views.
       name: the scene's name, for the error.
 
     Raises:
@@ -96,7 +98,10 @@ def nearest_random(
     near = others[np.argsort(distance, kind="stable")[: pool + num_target - 1]]
     drawn = rng.permutation(near)
     target = np.concatenate([[first], drawn[: num_target - 1]])
-    return Choice(drawn[num_target - 1 :][:num_context], target)
+    context = drawn[num_target - 1 :][:num_context]
+    if targets_may_be_context:
+        target = rng.permutation(np.concatenate([context, target]))[:num_target]
+    return Choice(context, target)
 
 
 def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
