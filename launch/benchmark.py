@@ -31,7 +31,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 # launch/ and configs/ belong to the checkout and are not installed.
@@ -83,26 +83,28 @@ def main(argv) -> None:
     """Runs the named benchmark and prints its table."""
     if len(argv) != 2 or argv[1] not in BENCHMARKS:
         raise errors.InputError(f"name one benchmark of {sorted(BENCHMARKS)}, found {argv[1:]}")
-    lines = BENCHMARKS[argv[1]]()
-    text = "\n".join([_machine(), "", *lines])
-    print(text)
+    lines = []
+    # Line by line: large sizes take many minutes, and a table that is there can be read.
+    for line in itertools.chain([_machine(), ""], BENCHMARKS[argv[1]]()):
+        print(line, flush=True)
+        lines.append(line)
     if _OUT.value:
-        runs.write_text(pathlib.Path(_OUT.value), text + "\n")
+        runs.write_text(pathlib.Path(_OUT.value), "\n".join(lines) + "\n")
 
 
-def quark() -> list[str]:
+def quark() -> Iterator[str]:
     """Stages of a forward pass of one scene and one target, and the training loop."""
     if _MODEL.value:
-        return quark_sizes()
+        yield from quark_sizes()
+        return
     config: Any = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
-    counts = _view_counts(config)
-    lines = []
-    for views in counts:
+    for views in _view_counts(config):
         measured = forward(config, views)
         rows = [(stage.name, f"{1e3 * stage.seconds:.1f}") for stage in measured.stages]
         rows.append(("whole forward pass", f"{1e3 * measured.seconds:.1f}"))
-        lines += [measured.title, "", *measuring.table(("stage", "ms"), rows), ""]
-    return lines + (training(config) if _STEPS.value != 0 else [])
+        yield from [measured.title, "", *measuring.table(("stage", "ms"), rows), ""]
+    if _STEPS.value != 0:
+        yield from training(config)
 
 
 def quark_ablation() -> list[str]:
@@ -133,16 +135,15 @@ def quark_temporal() -> list[str]:
     return path_flicker.study(models, _scenes(config), _PATH.value, _FRAMES.value, num_inputs)
 
 
-def quark_sizes() -> list[str]:
+def quark_sizes() -> Iterator[str]:
     """Forward passes of one size for several numbers of views, types and forms of attention."""
     config: Any = cli.load_config(f"configs/quark.py:{_MODEL.value}")
     if _STREAM.value is not None:
         config.model.stream = _STREAM.value
-    lines = []
     for dtype in _DTYPES.value or [config.model.dtype]:
         product, convolution = (1e-9 * rate for rate in ceilings(quark_task.DTYPES[dtype]))
-        lines += [f"{dtype}: matrix product {product:.1f} GMAC/s, 3x3 convolution of 32 channels"]
-        lines[-1] += f" {convolution:.1f} GMAC/s"
+        line = f"{dtype}: matrix product {product:.1f} GMAC/s, 3x3 convolution of 32 channels"
+        yield f"{line} {convolution:.1f} GMAC/s"
         for form, views in itertools.product(_ATTENTION.value, _view_counts(config)):
             if form not in ("folded", "unfolded"):
                 raise errors.InputError(f"--attention={form}: expected folded or unfolded")
@@ -152,8 +153,7 @@ def quark_sizes() -> list[str]:
             stages = [*measured.stages, Stage("whole forward pass", measured.seconds, whole)]
             rows = [stage.row(convolution) for stage in stages]
             head = ("stage", "ms", "GMAC", "GMAC/s", "of the convolution's")
-            lines += ["", f"{measured.title}, {form}", "", *measuring.table(head, rows), ""]
-    return lines
+            yield from ["", f"{measured.title}, {form}", "", *measuring.table(head, rows), ""]
 
 
 class Stage(NamedTuple):
