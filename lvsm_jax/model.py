@@ -105,7 +105,8 @@ class Trunk(nn.Module):
     def _over_chunks(self, render: Callable[[Cameras], Array], targets: Cameras) -> Array:
         """render(targets) of targets [b, t], at most `target_chunk` at a time."""
         count, chunk = targets.near.shape[1], self.target_chunk
-        if not 0 < chunk < count:
+        # Parameters cannot be made inside a loop; where they are, pictures are not kept.
+        if not 0 < chunk < count or self.is_initializing():
             return render(targets)
         if self.remat != "none":
             # The backward pass, too, holds one chunk at a time.

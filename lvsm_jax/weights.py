@@ -126,6 +126,8 @@ def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
         content = content["model"]
     arrays = {}
     for key, value in content.items():
+        if not isinstance(key, str):
+            raise InputError(f"{name}: {key!r} is no name of an array; expected a state_dict.")
         short = key
         while short.startswith("module."):
             short = short.removeprefix("module.")

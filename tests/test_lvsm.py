@@ -147,6 +147,15 @@ def test_options_that_save_memory_change_nothing(kind):
     np.testing.assert_allclose(saving, plain, rtol=0, atol=2e-6)
 
 
+def test_parameters_are_made_where_targets_come_in_chunks():
+    module = small_lvsm.decoder_only(layers=1, target_chunk=2, remat="full")
+    init = jax.jit(lambda key: module.init(key, small_lvsm.views(1), small_lvsm.cameras((1, 3))))
+    # Of what was made inside the loop over chunks nothing would be left here.
+    made = init(jax.random.key(0))
+    wanted = small_lvsm.variables(module)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, wanted)
+
+
 def temporaries(change=lambda f: f, num_targets=8, **options):
     """Bytes that XLA plans for a small model beside arguments and results."""
     context, targets = small_lvsm.views(1), small_lvsm.cameras((1, num_targets))

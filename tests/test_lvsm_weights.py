@@ -110,6 +110,7 @@ def test_missing_and_unknown_arrays_are_listed():
         ({"head.weight": np.array(["a"])}, "expected an array of floats"),
         ({"image_token_decoder.0.weight": np.full(16, np.nan)}, "not finite"),
         ({"module.image_token_decoder.0.weight": np.ones(16)}, "is there twice"),
+        ({0: np.ones(16)}, "0 is no name of an array"),
         ({"transformer_blocks.99.norm1.weight": np.ones(16)}, r"missing: .* and 735 more; unknown"),
     ],
 )

@@ -181,6 +181,57 @@ def test_a_broken_or_endless_description_is_an_error(tmp_path, pickled):
         torch_weights.read(file)
 
 
+# Twice itself, forty times over: to print or to hash the last one would take years.
+DEEP = b")q\x00" + b"".join(
+    b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(40)
+)
+LAST = b"h\x28"
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        (LAST + b")R.", "a call of <class 'tuple'>"),
+        (LAST + b"X\x01\x00\x00\x00a\x93.", "no text"),
+        (STORAGE + LAST + b"NK\x04tQ.", "unknown type"),
+        (b"}" + LAST + b"Ns.", "has a key that is neither"),
+        (b"ccollections\nOrderedDict\n]" + LAST + b"N\x86a\x85R.", "has a key that is neither"),
+        (b"}X\x00\x00\x10\x00" + b"k" * 2**20 + b"Ns.", "has a key of more than 1024"),
+    ],
+)
+def test_a_value_too_deep_to_print_or_hash_is_refused_at_once(tmp_path, pickled, words):
+    file = torch_files.write(tmp_path / "a.pt", b"\x80\x04" + DEEP + pickled, {})
+    with pytest.raises(errors.InputError, match=words):
+        torch_weights.read(file)
+
+
+def test_tensors_that_repeat_a_storage_without_end_are_an_error(tmp_path):
+    storages = {"0": bytes(2**16)}
+    one = torch_files.tensor("0", "float32", 2**14, 0, (2**14,), (4,), storages)
+    pickled = b"\x80\x02}X\x01\x00\x00\x00a](" + one + b"q\x01" + b"h\x01" * 99 + b"es."
+    file = torch_files.write(tmp_path / "a.pt", pickled, storages)
+    with pytest.raises(errors.InputError, match="repeat the same numbers"):
+        torch_weights.read(file)
+
+
+def test_encrypted_entries_and_unknown_types_of_numbers_are_errors(tmp_path):
+    content = bytearray(torch_files.save(tmp_path / "a.pt", STATE).read_bytes())
+    for signature, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        place = content.find(signature)
+        while place >= 0:
+            content[place + flags] |= 1
+            place = content.find(signature, place + 4)
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(errors.InputError, match="is encrypted"):
+        torch_weights.read(tmp_path / "a.pt")
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[0,3]}}'
+    size = len(header).to_bytes(8, "little")
+    (tmp_path / "a.safetensors").write_bytes(size + header + bytes(3))
+    with pytest.raises(errors.InputError, match="float8"):
+        torch_weights.read(tmp_path / "a.safetensors")
+
+
 def test_other_files_are_explained(tmp_path):
     for name, content, words in [
         ("old.pt", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),

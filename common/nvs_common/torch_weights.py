@@ -30,6 +30,9 @@ SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
 _MAX_PICKLE_BYTES = 2**26
 _MAX_VALUES = 2**22
 _MAX_DEPTH = 64
+_MAX_NAME = 1024
+# Tensors may be views of one storage; all of them together are no more than this many files.
+_MAX_COPIES = 16
 
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -55,8 +58,7 @@ _DAMAGE = (
     EOFError,
     OSError,
     OverflowError,
-    RecursionError,
-    NotImplementedError,
+    RuntimeError,  # of which NotImplementedError and RecursionError are kinds
     MemoryError,
 )
 
@@ -139,7 +141,7 @@ def _read_safetensors(path: pathlib.Path, wanted: Callable[[str], bool]) -> dict
         with safetensors.safe_open(path, "np") as file:
             names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as e:
+    except (safetensors.SafetensorError, AttributeError) as e:  # a type that NumPy lacks
         raise ValueError(str(e)) from e
 
 
@@ -168,7 +170,8 @@ def _read_torch(path: pathlib.Path, wanted: Callable[[str], bool]) -> dict[str, 
         content = _Machine(str(path), root).run(archive.read(pickles[0]))
         if not isinstance(content, dict):
             raise InputError(f"{path}: holds no dictionary; expected a state_dict of weights.")
-        return _Reader(archive, entries, wanted).resolve(content, "", 0)
+        budget = _MAX_COPIES * path.stat().st_size
+        return _Reader(archive, entries, wanted, budget).resolve(content, "", 0)
 
 
 class _Reader:
@@ -179,8 +182,10 @@ class _Reader:
         archive: zipfile.ZipFile,
         entries: Mapping[str, zipfile.ZipInfo],
         wanted: Callable[[str], bool],
+        budget: int,
     ):
         self._archive, self._entries, self._wanted = archive, entries, wanted
+        self._budget = budget
         self._storages: dict[_Storage, np.ndarray] = {}
         self._visited = 0
 
@@ -217,6 +222,9 @@ class _Reader:
         flat = self._storage(storage)
         if 0 in shape:
             return np.zeros(shape, flat.dtype)
+        self._budget -= math.prod(shape) * flat.itemsize
+        if self._budget < 0:
+            raise ValueError("its tensors repeat the same numbers without end")
         steps = [s * flat.itemsize for s in strides]
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy()
 
@@ -245,9 +253,20 @@ def _parameter(tensor: Any, *_: Any) -> _Tensor:
     return tensor
 
 
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    pairs = [(key, value) for key, value in pairs]
+    for key, _ in pairs:
+        # A small pickle can describe a tuple so deep that its hash is never done.
+        if not isinstance(key, str | int | float | None):
+            raise ValueError("it has a key that is neither a text nor a number")
+        if isinstance(key, str) and len(key) > _MAX_NAME:
+            raise ValueError(f"it has a key of more than {_MAX_NAME} characters")
+    return dict(pairs)
+
+
 # The only names that a pickle may apply to arguments, and what that means here.
 _REBUILD: Mapping[str, Callable[..., Any]] = {
-    "collections OrderedDict": lambda pairs=(): dict(pairs),
+    "collections OrderedDict": _dict,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": _parameter,
     "torch Size": lambda sizes=(): tuple(sizes),
@@ -308,7 +327,7 @@ class _Machine:
     def _set(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not dict or len(items) % 2:
             raise ValueError("it sets items of something that is no dict")
-        self._stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        self._stack[-1].update(_dict(zip(items[::2], items[1::2], strict=True)))
 
     def _global(self, text: str) -> None:
         if text not in _REBUILD and text.removeprefix("torch ") not in _STORAGES:
@@ -317,12 +336,15 @@ class _Machine:
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
+        if type(name) is not str or type(module) is not str:
+            raise ValueError("it names something by what is no text")
         self._global(f"{module} {name}")
 
     def _reduce(self) -> None:
         arguments, name = self._pop(), self._pop()
         if not isinstance(name, _Name) or name.text not in _REBUILD:
-            self._refuse(f"a call of {name!r}")
+            # Not the value itself: a small pickle can describe one that is never printed.
+            self._refuse(f"a call of {name if isinstance(name, _Name) else type(name)}")
         self._stack.append(_REBUILD[name.text](*arguments))
 
     def _build(self) -> None:
@@ -334,8 +356,10 @@ class _Machine:
     def _storage(self) -> None:
         kind, name, key, _, size = self._pop()
         dtype = _STORAGES.get(name.text.removeprefix("torch ")) if type(name) is _Name else None
-        if kind != "storage" or dtype is None or type(size) is not int or size < 0:
+        if kind != "storage" or dtype is None or type(key) is not str:
             raise ValueError("it describes a storage of unknown type")
+        if type(size) is not int or size < 0:
+            raise ValueError("it describes a storage without a size")
         self._stack.append(_Storage(f"{self._root}/data/{key}", dtype, size))
 
 
