@@ -45,6 +45,7 @@ from absl import flags
 
 from launch import (
     ablation,
+    allocation,
     arithmetic,
     cli,
     input_counts,
@@ -146,14 +147,15 @@ def quark_temporal() -> list[str]:
 
 def lvsm() -> list[str]:
     """LVSM beside plain PyTorch, and rendering from a cache."""
-    if _THREADS.value is not None:
-        lvsm_speed.use_threads(_THREADS.value)
+    allocation.keep_freed_memory()
+    threads = lvsm_speed.use_threads(_THREADS.value)
     return lvsm_speed.study(
         lvsm_speed.MODULES,
         lvsm_speed.CASES,
         lvsm_speed.VIEWS if _VIEWS.value is None else _view_counts(None),
-        lvsm_speed.SIDE,
-        _REPEATS.value,
+        side=lvsm_speed.SIDE,
+        repeats=_REPEATS.value,
+        threads=threads,
     )
 
 

@@ -1,13 +1,15 @@
 """Times of LVSM on this machine: beside plain PyTorch, and of views rendered from a cache.
 
 The comparison is of the same model with the same weights, cameras and pictures, float32, in turn
-and with the same number of threads. PyTorch renders every target in a sequence of its own.
+and with the same number of threads and the same allocator. PyTorch renders every target in a
+sequence of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ CASES = (Case(4, 2, 6), Case(1, 2, 1), Case(1, 8, 8))
 VIEWS = (2, 8, 16)
 # Pixels of a side: of 64 tokens.
 SIDE = 64
-_SIZES = dict(width=256, head_size=64)
+_SIZES: Any = dict(width=256, head_size=64)
 MODULES = {
     "decoder-only": LVSM(layers=6, **_SIZES),
     "encoder-decoder": LVSMEncoderDecoder(
@@ -55,31 +57,58 @@ HEAD = (
 CACHED_HEAD = ("inputs", "encode, ms", "view from the cache, ms", "recomputed, ms", "ratio")
 
 
-def use_threads(count: int) -> None:
-    """Gives this process `count` CPUs; before JAX has started, which takes as many threads.
+def use_threads(count: int | None) -> int:
+    """Limits the threads of JAX, which has not started yet.
+
+    Args:
+      count: how many; None is one for each CPU of this process.
+
+    Returns:
+      How many there are.
 
     Raises:
       InputError: there are not as many, or the system cannot.
     """
+    if count is None:
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else (os.cpu_count() or 1)
+        )
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("--threads: only Linux can give a process fewer CPUs; leave it out.")
     cpus = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(cpus):
         raise InputError(f"--threads={count}: expected 1 to {len(cpus)}, the CPUs of this process.")
     os.sched_setaffinity(0, cpus[:count])
+    jax.devices()
+    # JAX has as many threads as there seemed to be CPUs; they may now run on any.
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cpus)
+    return count
 
 
 def study(
-    modules: Mapping[str, Any], cases: Sequence[Case], views: Sequence[int], side: int, repeats: int
+    modules: Mapping[str, Any],
+    cases: Sequence[Case],
+    views: Sequence[int],
+    *,
+    side: int,
+    repeats: int,
+    threads: int,
 ) -> list[str]:
     """Both tables, Markdown.
 
     Args:
       modules: name -> LVSM of either kind.
       cases: what the modules render beside PyTorch.
-      views: numbers of inputs in the table of caches, of the first LVSM without latents.
+      views: numbers of inputs in the table of caches; its model is the first of `modules` without
+        latents.
       side: of the pictures, in pixels.
       repeats: timed repetitions.
+      threads: of PyTorch, and those of JAX.
+
+    Rows go to stderr as they are measured.
     """
     try:
         torch: Any = importlib.import_module("torch")
@@ -88,19 +117,16 @@ def study(
             raise
         lines = [WITHOUT_TORCH, ""]
     else:
-        threads = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
         torch.set_num_threads(threads)
         rows = []
         for case in cases:
             for name, module in modules.items():
-                rows += _beside_torch(name, module, case, side, repeats)
+                rows += _shown(_beside_torch(name, module, case, side, repeats))
         lines = [f"PyTorch {torch.__version__}, threads of either: {threads}; {side}x{side}", ""]
         lines += [*measuring.table(HEAD, rows), ""]
     plain = next(module for module in modules.values() if isinstance(module, LVSM))
     cached = plain.clone(input_sees_target=False)
-    rows = [_from_cache(cached, count, side, repeats) for count in views]
+    rows = [_shown([_from_cache(cached, count, side, repeats)])[0] for count in views]
     title = f"decoder-only with input_sees_target=False, one target of one scene, {side}x{side}"
     return [*lines, title, "", *measuring.table(CACHED_HEAD, rows)]
 
@@ -158,6 +184,13 @@ def _from_cache(module: LVSM, inputs: int, side: int, repeats: int) -> tuple[str
     )
     recomputed, cached, ratio = _times(seconds[:2])
     return str(inputs), f"{1e3 * seconds[2]:.1f}", cached, recomputed, ratio
+
+
+def _shown(rows: list[Any]) -> list[Any]:
+    """The same rows, which a long run shows as they are measured."""
+    for row in rows:
+        print(measuring.row(row), file=sys.stderr, flush=True)
+    return rows
 
 
 def _variables(module: Any, batch: Any) -> Variables:

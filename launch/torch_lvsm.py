@@ -58,7 +58,7 @@ class LVSMs(nn.Module):
         """Renders targets [b, t] of height x width pixels.
 
         Args:
-          images: [b, v, h, w, 3].
+          images: of the inputs, [b, v, h, w, 3].
           context: (world_from_cam [b, v, 4, 4], intrinsics [b, v, 4]).
           targets: (world_from_cam [b, t, 4, 4], intrinsics [b, t, 4]).
           height: of a target, in pixels.
@@ -68,9 +68,9 @@ class LVSMs(nn.Module):
           [b, t, height, width, 3].
         """
         num_scenes, num_targets = targets[0].shape[:2]
-        rays = _plucker(*context, *images.shape[2:4])
+        rays = _plucker(context, *images.shape[2:4])
         inputs = self.image_tokenizer(torch.cat([2 * images - 1, rays], dim=-1)).flatten(1, 2)
-        own = self.target_pose_tokenizer(_plucker(*targets, height, width)).flatten(0, 1)
+        own = self.target_pose_tokenizer(_plucker(targets, height, width)).flatten(0, 1)
         each = lambda x: x.repeat_interleave(num_targets, dim=0)  # noqa: E731
         if self.has_latents:
             latents = self.n_light_field_latent.expand(num_scenes, -1, -1)
@@ -166,8 +166,9 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def _plucker(world_from_cam: Any, intrinsics: Any, height: int, width: int) -> Any:
-    """o x d and d of each pixel, [b, v, h, w, 6]."""
+def _plucker(posed: tuple[Any, Any], height: int, width: int) -> Any:
+    """o x d and d of each pixel, [b, v, h, w, 6], of (world_from_cam, intrinsics)."""
+    world_from_cam, intrinsics = posed
     fx, fy, cx, cy = (x[..., None, None] for x in intrinsics.unbind(-1))
     v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     x, y = (u - cx) / fx, (v - cy) / fy
