@@ -13,10 +13,9 @@ import sys
 # launch/ and configs/ belong to the checkout and are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import jax
 from absl import flags
 
-from launch import allocation, cli, processes, tasks
+from launch import cli, processes, tasks
 from nvs_common import errors, evaluate, runs, train
 from nvs_common.data import pipeline, sources
 
@@ -39,8 +38,6 @@ def main(_) -> int:
     if not _ACCEPT_CHANGES.value:
         runs.check_workdir(workdir, config)
     processes.join()
-    if jax.default_backend() == "cpu":
-        allocation.keep_freed_memory()
     task = tasks.TASKS[config.system](config)
     batches = pipeline.training_batches(config)
     try:
