@@ -37,6 +37,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "viewer": ["viser>=1.0"],
+        "torch": ["torch"],
         "test": [
             "pytest",
             "equinox",

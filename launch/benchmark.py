@@ -4,8 +4,10 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   quark_ablation   trains each ablation of the paper's Tab. 4 for --steps, on --scenes held out
   quark_views      quality, time and memory of a trained model against the number of --views
   quark_temporal   flicker of trained models along a camera path of --frames
+  lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
 
-The last two take --workdir=RUN or --weights=FILE, and procedural held-out scenes or --data=PATH:
+quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
+or --data=PATH:
 
     python launch/benchmark.py quark_views --workdir=runs/a --views=2,4,8,16,32,64
     python launch/benchmark.py quark_temporal --workdir=runs/a --other=runs/b --path=interpolate
@@ -39,13 +41,22 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from launch import ablation, arithmetic, cli, input_counts, measuring, path_flicker, tasks, trained
+from launch import (
+    ablation,
+    allocation,
+    arithmetic,
+    cli,
+    input_counts,
+    lvsm_speed,
+    measuring,
+    path_flicker,
+    tasks,
+    trained,
+)
 from nvs_common import errors, runs, train
 from nvs_common.data import pipeline, sources
-from nvs_common.types import Batch, Cameras, Views
 from quark_jax import task as quark_task
 
 _CONFIG = cli.define_config(required=False)
@@ -77,6 +88,7 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
+_THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 
 def main(argv) -> None:
@@ -135,6 +147,20 @@ def quark_temporal() -> list[str]:
     return path_flicker.study(models, _scenes(config), _PATH.value, _FRAMES.value, num_inputs)
 
 
+def lvsm() -> list[str]:
+    """LVSM beside plain PyTorch, and rendering from a cache."""
+    allocation.keep_freed_memory()
+    threads = lvsm_speed.use_threads(_THREADS.value)
+    return lvsm_speed.study(
+        lvsm_speed.MODULES,
+        lvsm_speed.CASES,
+        lvsm_speed.VIEWS if _VIEWS.value is None else _view_counts(None),
+        side=lvsm_speed.SIDE,
+        repeats=_REPEATS.value,
+        threads=threads,
+    )
+
+
 def quark_sizes() -> Iterator[str]:
     """Forward passes of one size for several numbers of views, types and forms of attention."""
     config: Any = cli.load_config(f"configs/quark.py:{_MODEL.value}")
@@ -182,7 +208,7 @@ def forward(config, views: int) -> Forward:
     """Measures the stages of a forward pass of one scene and one target."""
     height, width = _size(config)
     module = quark_task.make_module(config.model)
-    batch = random_batch(1, views, 1, height, width)
+    batch = measuring.random_batch(1, views, 1, height, width)
     targets = batch.target.cameras
     variables = jax.jit(module.init)(jax.random.key(0), batch.context, targets)
 
@@ -258,25 +284,6 @@ def training(config) -> list[str]:
     return measuring.table((f"training, batch {config.batch_size}", ""), rows)
 
 
-def random_batch(scenes: int, views: int, targets: int, height: int, width: int) -> Batch:
-    """Noise images from a small forward-facing rig: what they show does not change the time."""
-    rng = np.random.default_rng(0)
-
-    def posed(count: int) -> Views:
-        pose = np.tile(np.eye(4, dtype=np.float32), (scenes, count, 1, 1))
-        pose[..., :2, 3] = rng.normal(size=(scenes, count, 2)) * 0.1
-        intrinsics = np.array([width, width, width / 2, height / 2], np.float32)
-        near, far = (
-            np.full((scenes, count), 1, np.float32),
-            np.full((scenes, count), 20, np.float32),
-        )
-        cams = Cameras(pose, np.tile(intrinsics, (scenes, count, 1)), near, far, height, width)
-        images = rng.uniform(size=(scenes, count, height, width, 3)).astype(np.float32)
-        return jax.tree.map(jnp.asarray, Views(images, cams))
-
-    return Batch(posed(views), posed(targets))
-
-
 def _median(compiled: Callable, *args: Any) -> float:
     return measuring.median_seconds(compiled, *args, repeats=_REPEATS.value)
 
@@ -286,6 +293,7 @@ BENCHMARKS = {
     "quark_ablation": quark_ablation,
     "quark_views": quark_views,
     "quark_temporal": quark_temporal,
+    "lvsm": lvsm,
 }
 
 

@@ -9,10 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nvs_common import rendering
-from nvs_common.types import Cameras, Task, Variables, Views
+from nvs_common.types import Batch, Cameras, Task, Variables, Views
+
+# Seconds until idle threads of one library no longer spin where those of another are to work.
+_PAUSE = 0.01
 
 
 def median_seconds(compiled: Callable, *args: Any, repeats: int) -> float:
@@ -24,6 +28,23 @@ def median_seconds(compiled: Callable, *args: Any, repeats: int) -> float:
         jax.block_until_ready(compiled(*args))
         times.append(time.perf_counter() - begin)
     return float(np.median(times))
+
+
+def alternating_medians(*functions: Callable[[], Any], repeats: int) -> list[float]:
+    """Median times of functions that take turns, so that all meet the same load of the machine.
+
+    The first call of each does not count.
+    """
+    for function in functions:
+        jax.block_until_ready(function())
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, mine in zip(functions, times, strict=True):
+            time.sleep(_PAUSE)
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            mine.append(time.perf_counter() - begin)
+    return [float(np.median(mine)) for mine in times]
 
 
 def peak(compiled: Any) -> float:
@@ -47,9 +68,28 @@ def forward(task: Task, variables: Variables, scene: Any, num_inputs: int, repea
         rendering.take(scene.cameras, np.arange(1, num_inputs + 1)[None]),
     )
     targets = rendering.take(scene.cameras, np.zeros((1, 1), int))
-    args = jax.tree.map(jax.numpy.asarray, (dict(variables), context, targets))
+    args = jax.tree.map(jnp.asarray, (dict(variables), context, targets))
     compiled = jax.jit(task.render).lower(*args).compile()
     return Pass(median_seconds(compiled, *args, repeats=repeats), peak(compiled))
+
+
+def random_batch(scenes: int, views: int, targets: int, height: int, width: int) -> Batch:
+    """Noise images from a small forward-facing rig: what they show does not change the time."""
+    rng = np.random.default_rng(0)
+
+    def posed(count: int) -> Views:
+        pose = np.tile(np.eye(4, dtype=np.float32), (scenes, count, 1, 1))
+        pose[..., :2, 3] = rng.normal(size=(scenes, count, 2)) * 0.1
+        intrinsics = np.array([width, width, width / 2, height / 2], np.float32)
+        near, far = (
+            np.full((scenes, count), 1, np.float32),
+            np.full((scenes, count), 20, np.float32),
+        )
+        cams = Cameras(pose, np.tile(intrinsics, (scenes, count, 1)), near, far, height, width)
+        images = rng.uniform(size=(scenes, count, height, width, 3)).astype(np.float32)
+        return jax.tree.map(jnp.asarray, Views(images, cams))
+
+    return Batch(posed(views), posed(targets))
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -124,7 +124,7 @@ def add_mlp(params: Params, x: Array, setting: Setting) -> Array:
     """x [..., n, d] plus the MLP of its norm; GELU is the exact one."""
     y = normalized(params, "mlp_norm", x, setting)
     hidden = _dense(y, params["mlp_in"]["kernel"], setting)
-    hidden = jax.nn.gelu(_constrain(hidden, "act_token", "act_mlp"), approximate=False)
+    hidden = layers.gelu(_constrain(hidden, "act_token", "act_mlp"))
     return _add(x, _dense(hidden, params["mlp_out"]["kernel"], setting), setting)
 
 

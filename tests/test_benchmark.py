@@ -150,6 +150,7 @@ def test_the_program_names_its_benchmarks_and_refuses_bad_flags(program):
         "quark_ablation",
         "quark_views",
         "quark_temporal",
+        "lvsm",
     }
     with pytest.raises(InputError, match="name one benchmark"):
         benchmark.main(["benchmark.py", "nothing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,32 @@ def layer_norm(x: Array, scale: Array, epsilon: float) -> Array:
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(variance + epsilon)
     return centred * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact GELU, x times the normal distribution's cdf; computed in float32 or wider.
+
+    The backward pass has x alone stored, and computes the rest again. There is no forward-mode
+    derivative; `jax.nn.gelu` has one.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_backward(x: Array, cotangent: Array) -> tuple[Array]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    density = jnp.exp(-0.5 * jnp.square(wide)) * (2 * math.pi) ** -0.5
+    slope = _normal_cdf(wide) + wide * density
+    return ((cotangent.astype(wide.dtype) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def _normal_cdf(x: Array) -> Array:
+    # With erf: erfc, which is exact far below zero as well, takes three times as long on a CPU.
+    return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 class RMSNorm(nn.Module):
