@@ -196,7 +196,7 @@ def _images(
             not isinstance(image, Tensor)
             or image.storage.dtype != np.uint8
             or len(image.shape) != 1
-            or image.strides != (1,)
+            or (image.shape[0] > 1 and image.strides != (1,))
         ):
             raise InputError(f"{where}: its image is no tensor [bytes] of uint8.")
         torch_archive.check_view(image, where)

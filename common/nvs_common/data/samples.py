@@ -13,6 +13,8 @@ from nvs_common.data import sources, views
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Views
 
+# How many scenes of a large folder are tried for one that is long enough.
+_TRIED = 100
 _CAMERA_ARRAYS = ("world_from_cam", "intrinsics", "near", "far")
 
 
@@ -168,7 +170,7 @@ class Sampler:
 
     def _example(self, source: sources.LazyScenes) -> int:
         """One of the first scenes that is long enough; the first of all where none is."""
-        for index in range(min(len(source), sources.LOADED_AT_START)):
+        for index in range(min(len(source), _TRIED)):
             try:
                 if not self.skips(source[index]):
                     return index
