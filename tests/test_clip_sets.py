@@ -4,6 +4,7 @@ clips; in training and in evaluation."""
 import itertools
 import json
 import pickle
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -111,7 +112,7 @@ def test_an_index_gives_the_same_views_of_every_layout(tmp_path):
                 np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5)
 
 
-def training_config(source, **data):
+def training_config(source, **data) -> Any:
     views = dict(choice="window", num_context=2, num_target=2, min_distance=3, max_distance=5)
     views |= dict(targets_may_be_context=False, skip_short_scenes=True, hold_out_every=0)
     data = dict(source=str(source), height=8, width=8, num_scenes=1, workers=0) | views | data
