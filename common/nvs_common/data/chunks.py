@@ -150,18 +150,18 @@ def _described(chunk: pathlib.Path, size: int, modified: int) -> Description:
         where = f"{chunk}: scene number {number}"
         if not isinstance(clip, dict):
             raise InputError(f"{where} is {type(clip).__name__}; expected a dict.")
-        key = clip.get("key")
-        _check_key(key, where)
+        key = _check_key(clip.get("key"), where)
         if key in clips:
             raise InputError(f"{where}: the key {key!r} appears twice.")
         clips[key] = clip
     return Description(clips, entries)
 
 
-def _check_key(key: Any, where: str) -> None:
-    """A key is part of a path, and part of messages."""
+def _check_key(key: Any, where: str) -> str:
+    """The key, which is part of a path and of messages; raises InputError."""
     if not isinstance(key, str) or key in ("", ".", "..") or set(key) & set("/\\\0\n"):
         raise InputError(f"{where} has the key {key!r:.60}; expected a name.")
+    return key
 
 
 def _cameras(
