@@ -267,7 +267,7 @@ def scenes_at(path: str, size: tuple[int, int] | None) -> list[tuple[str, Any]]:
         layouts.recognise(place)
         found = [place]
     except InputError as error:
-        if not place.is_dir():
+        if not place.exists():
             raise
         try:
             found = scenes.find_scenes(place)

@@ -4,9 +4,11 @@ holds loading a bad one to a good message."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pathlib
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +222,43 @@ def write_realestate(rig: Rig, root: pathlib.Path) -> pathlib.Path:
     return root / "clip.txt"
 
 
+def write_lvsm(rig: Rig, root: pathlib.Path, key: str = "clip") -> pathlib.Path:
+    """LVSM's preprocessing: paths are those of the machine that it ran on."""
+    write_images(rig, root / "images" / key)
+    frames = [
+        {
+            "image_path": f"/elsewhere/train/images/{key}/{name}",
+            "fxfycxcy": rig.intrinsics.tolist(),
+            "w2c": pose.tolist(),
+        }
+        for name, pose in zip(rig.names, rig.world_to_cam, strict=True)
+    ]
+    path = root / "metadata" / f"{key}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"scene_name": key, "frames": frames}))
+    with (root / "full_list.txt").open("a") as stream:
+        stream.write(f"/elsewhere/train/metadata/{key}.json\n")
+    return path
+
+
+def packed_clip(rig: Rig, key: str) -> dict[str, Any]:
+    """One clip of a chunk of pixelSplat's; images are JPEG files of full quality."""
+    images = []
+    for image in rig.images:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "JPEG", quality=100, subsampling=0)
+        images.append(np.frombuffer(stream.getvalue(), np.uint8))
+    scale = np.array([rig.width, rig.height] * 2)
+    rows = [[*(rig.intrinsics / scale), 0, 0, *w[:3].ravel()] for w in rig.world_to_cam]
+    return {
+        "url": "https://example.invalid/video",
+        "timestamps": np.arange(len(images)) * 33_000,
+        "cameras": np.array(rows, np.float32),
+        "images": images,
+        "key": key,
+    }
+
+
 def write_spaces(rig: Rig, root: pathlib.Path) -> pathlib.Path:
     write_images(rig, root)
     fx, fy, cx, cy = rig.intrinsics
@@ -255,6 +294,7 @@ WRITERS = {
     "llff": write_llff,
     "neus": write_neus,
     "realestate": write_realestate,
+    "lvsm": write_lvsm,
     "spaces": write_spaces,
 }
 # One focal length and a centred principal point is all that these can say.

@@ -7,12 +7,14 @@ import pathlib
 import numpy as np
 
 from nvs_common.data import images, scene_files, scene_formats
+from nvs_common.data.scene_files import Packed
 from nvs_common.data.scene_formats import Loaded, Options, Posed
 from nvs_common.errors import InputError
 
 IMAGE_FOLDERS = ("images", "images_2", "images_4", "images_8")
 # RealEstate10K poses are scaled so that the nearest points of a clip lie at about 1.25.
 REALESTATE_NEAR, REALESTATE_FAR = 1.0, 100.0
+REALESTATE_BOUNDS = "RealEstate10K convention (1 to 100)"
 # NeuS scales what matters into the unit sphere; a camera inside it sees from this depth on.
 SPHERE_MIN_NEAR = 0.05
 # Skew of one pixel per focal length; a pinhole without skew then errs by less than a pixel.
@@ -124,14 +126,19 @@ def read_realestate(path: pathlib.Path, frames_folder: pathlib.Path, options: Op
     Frames keep the order of their timestamps (as numbers), which evaluation indices refer to.
     """
     options.refuse("RealEstate10K", "rig", "image_folder")
-    posed = []
-    for timestamp, values in realestate_rows(path):
-        pose = scene_formats.invert(values[6:].reshape(3, 4))
-        lens = scene_formats.normalised_lens(values[:4])
-        posed.append(Posed(str(timestamp), pose, lens, near=REALESTATE_NEAR, far=REALESTATE_FAR))
-    frames = scene_formats.build_frames(posed, frames_folder, path, strict=options.strict)
-    bounds = "RealEstate10K convention (1 to 100)"
-    return Loaded(tuple(frames), "RealEstate10K", frames_folder, bounds)
+    posed = [realestate_frame(str(time), values) for time, values in realestate_rows(path)]
+    frames = scene_formats.build_frames(
+        posed, frames_folder, path, strict=options.strict, check=options.check
+    )
+    source = "RealEstate10K"
+    return Loaded(tuple(frames), source, frames_folder, REALESTATE_BOUNDS, ordered=True)
+
+
+def realestate_frame(name: str, values: np.ndarray, packed: Packed | None = None) -> Posed:
+    """A frame from the 18 numbers fx fy cx cy (of width and height) 0 0, cam_from_world 3 x 4."""
+    pose = scene_formats.invert(values[6:].reshape(3, 4))
+    lens = scene_formats.normalised_lens(values[:4])
+    return Posed(name, pose, lens, near=REALESTATE_NEAR, far=REALESTATE_FAR, packed=packed)
 
 
 def realestate_rows(path: pathlib.Path) -> list[tuple[int, np.ndarray]]:

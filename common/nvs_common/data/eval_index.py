@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvs_common.data import scene_files, views
+from nvs_common.data import chunks, layouts, scene_files, views
 from nvs_common.errors import InputError
 
 
@@ -66,17 +66,22 @@ def read(path: pathlib.Path) -> Index:
 
 
 def find(folder: pathlib.Path, names: Iterable[str]) -> Found:
-    """Finds scenes by name in a folder: `<name>.txt` beside its frames, or a folder `<name>`.
+    """Finds scenes by name in a folder.
+
+    A scene is `<name>.txt` beside its frames, a folder `<name>`, LVSM's `metadata/<name>.json`, or
+    a clip of one of the folder's chunks.
 
     Raises:
-      InputError: no such folder.
+      InputError: no such folder, or a bad index of its chunks.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected the scenes of the index in it.")
     paths, missing = {}, []
+    packed = chunks.find(folder)
     for name in names:
-        candidates = (folder / f"{name}.txt", folder / name)
-        there = next((path for path in candidates if path.exists()), None)
+        json_file = folder / layouts.LVSM_FOLDER / f"{name}.json"
+        candidates = (folder / f"{name}.txt", folder / name, json_file)
+        there = packed.get(name) or next((path for path in candidates if path.exists()), None)
         if there is None:
             missing.append(name)
         else:

@@ -7,6 +7,7 @@ h / window height, with nothing else to add because pixel centres lie at half-in
 
 from __future__ import annotations
 
+import io
 import pathlib
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from nvs_common.data import scene_files
+from nvs_common.data.scene_files import Packed
 from nvs_common.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -40,26 +43,34 @@ def is_image(path: pathlib.Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
-def probe(path: pathlib.Path) -> tuple[int, int]:
+def probe(path: pathlib.Path, packed: Packed | None = None) -> tuple[int, int]:
     """Rows and columns of a stored image, from its header alone.
+
+    Args:
+      path: the file; of an image in an archive, what messages call it.
+      packed: where the image is in an archive.
 
     Raises:
       InputError: missing, empty, unreadable, not an image, too large, or turned by EXIF.
     """
-    with _open(path) as image:
+    with _open(path, packed) as image:
         return image.height, image.width
 
 
-def decode(path: pathlib.Path) -> np.ndarray:
+def decode(path: pathlib.Path, packed: Packed | None = None) -> np.ndarray:
     """An image as float32 [h, w, 3] in [0, 1].
 
     Grey becomes RGB, 16-bit values are scaled by 65535, and straight alpha is composited on
     white here, before any resampling, so that hidden colours never bleed into the edge.
 
+    Args:
+      path: as of `probe`.
+      packed: as of `probe`.
+
     Raises:
       InputError: as `probe`, or the data ends early or is damaged, or holds other values.
     """
-    with _open(path) as image:
+    with _open(path, packed) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -69,13 +80,14 @@ def decode(path: pathlib.Path) -> np.ndarray:
         return _to_rgb(image, path)
 
 
-def _open(path: pathlib.Path) -> Image.Image:
+def _open(path: pathlib.Path, packed: Packed | None) -> Image.Image:
     try:
-        if not path.is_file():
+        if packed is None and not path.is_file():
             raise InputError(f"{path}: the image does not exist.")
-        if path.stat().st_size == 0:
+        if (path.stat().st_size if packed is None else packed.count) == 0:
             raise InputError(f"{path}: the image file is empty (zero bytes); copy it again.")
-        image = Image.open(path, formats=FORMATS)
+        content = path if packed is None else io.BytesIO(scene_files.read_packed(packed, str(path)))
+        image = Image.open(content, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image of a known format {FORMATS}.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -1,7 +1,8 @@
-"""Scenes described by JSON: transforms.json, opencv_cameras.json and Spaces' models.json.
+"""Scenes described by JSON: transforms.json, opencv_cameras.json, Spaces' models.json, and what
+LVSM's preprocessing writes.
 
-All three give pixel intrinsics with half-integer pixel centres; image paths are relative to the
-JSON file's folder.
+All give pixel intrinsics with half-integer pixel centres; image paths are relative to the JSON
+file's folder, except for LVSM.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nvs_common.data import depth_bounds, point_cloud, scene_files, scene_formats
+from nvs_common.data import array_formats, depth_bounds, point_cloud, scene_files, scene_formats
 from nvs_common.data.distortion import Distortion
 from nvs_common.data.scene_formats import Frame, Loaded, Options, Posed
 from nvs_common.errors import InputError
@@ -28,7 +29,7 @@ _DISTORTED = ("OPENCV", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
 
 
 def read_any(path: pathlib.Path, options: Options) -> Loaded:
-    """Reads a JSON camera file of whichever of the three kinds its contents show."""
+    """Reads a JSON camera file of whichever of the four kinds its contents show."""
     content = scene_files.read_json(path)
     if isinstance(content, list) and content and isinstance(content[0], list):
         return read_spaces(path, options)
@@ -38,8 +39,10 @@ def read_any(path: pathlib.Path, options: Options) -> Loaded:
     if not isinstance(first, list):
         raise InputError(
             f"{path}: not a camera file: expected a list or an object with `frames` (nerfstudio, "
-            "instant-ngp, Blender, opencv_cameras.json or Spaces)."
+            "instant-ngp, Blender, opencv_cameras.json, LVSM or Spaces)."
         )
+    if first and isinstance(first[0], dict) and "fxfycxcy" in first[0]:
+        return read_lvsm(path, options)
     if isinstance(content, list) or (first and isinstance(first[0], dict) and "w2c" in first[0]):
         return read_opencv(path, options)
     return read_transforms([path], options)
@@ -171,6 +174,42 @@ def _opencv_frame(frame: dict[str, Any], path: pathlib.Path) -> Posed:
     declared = (round(values[4]), round(values[5]))
     lens = scene_formats.pixel_lens(np.array(values[:4]), declared)
     return Posed(name, scene_formats.invert(pose), lens)
+
+
+def read_lvsm(path: pathlib.Path, options: Options) -> Loaded:
+    """A clip as LVSM's preprocessing writes it: metadata/<clip>.json and images/<clip>/.
+
+    Each frame has image_path, fxfycxcy in pixels and w2c (cam_from_world, OpenCV axes). Image
+    paths are those of the machine that wrote them: their last two parts are looked up in the
+    folder `images` beside `metadata`. Frames keep the order of the file.
+    """
+    options.refuse("LVSM", "rig", "image_folder")
+    content = scene_files.read_json(path)
+    frames = content.get("frames") if isinstance(content, dict) else None
+    if not isinstance(frames, list):
+        raise InputError(f"{path}: expected an object with a list `frames`.")
+    posed = [_lvsm_frame(_entry(frame, path, i), path) for i, frame in enumerate(frames)]
+    root = path.parent.parent
+    built = scene_formats.build_frames(
+        posed, root, path, strict=options.strict, check=options.check
+    )
+    bounds = array_formats.REALESTATE_BOUNDS
+    return Loaded(tuple(built), "LVSM", root, bounds, ordered=True)
+
+
+def _lvsm_frame(frame: dict[str, Any], path: pathlib.Path) -> Posed:
+    parts = _image(frame, "image_path", path).replace("\\", "/").split("/")
+    name = "/".join(["images", *parts[-2:]])
+    where = f"{path}: frame {name!r}"
+    pose = scene_files.matrix(frame.get("w2c"), (4, 4), f"{where}: w2c")
+    values = scene_files.matrix(frame.get("fxfycxcy"), (4,), f"{where}: fxfycxcy")
+    return Posed(
+        name,
+        scene_formats.invert(pose),
+        scene_formats.pixel_lens(values, None),
+        near=array_formats.REALESTATE_NEAR,
+        far=array_formats.REALESTATE_FAR,
+    )
 
 
 def read_spaces(path: pathlib.Path, options: Options) -> Loaded:

@@ -9,6 +9,14 @@
  7. <clip>.txt                   RealEstate10K: beside or inside the folder of its frames
 
 The path of a camera file (or of a COLMAP model folder) chooses that file instead.
+
+Clips of large sets have paths of their own:
+
+    <number>.torch/<key>         RealEstate10K in pixelSplat's chunks, see `chunks`
+    metadata/<clip>.json         as LVSM's preprocessing writes them
+
+`find` lists them: for a folder of chunks, for one chunk, for a folder of LVSM's with
+full_list.txt or only `metadata`, and for a full_list.txt.
 """
 
 from __future__ import annotations
@@ -16,11 +24,20 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-from nvs_common.data import array_formats, colmap_format, images, json_formats, scene_files
+from nvs_common.data import (
+    array_formats,
+    chunks,
+    colmap_format,
+    images,
+    json_formats,
+    scene_files,
+)
 from nvs_common.data.scene_formats import Loaded, Options
 from nvs_common.errors import InputError
 
 Reader = Callable[[Options], Loaded]
+
+LVSM_LIST, LVSM_FOLDER = "full_list.txt", "metadata"
 
 
 def recognise(path: pathlib.Path) -> Reader:
@@ -30,6 +47,8 @@ def recognise(path: pathlib.Path) -> Reader:
       InputError: nothing there, not readable, or no layout that is known.
     """
     try:
+        if (clip := chunks.split(path)) is not None:
+            return lambda options: chunks.read(*clip, options)
         if not path.exists():
             raise InputError(f"{path}: no such file or folder; check the path.")
         reader = _folder(path) if path.is_dir() else _file(path)
@@ -38,8 +57,9 @@ def recognise(path: pathlib.Path) -> Reader:
     if reader is None:
         raise InputError(
             f"{path}: not a scene: expected opencv_cameras.json, a COLMAP model (sparse/0), "
-            "transforms.json, models.json, cameras_sphere.npz, poses_bounds.npy or a "
-            "RealEstate10K text file with its frames."
+            "transforms.json, models.json, cameras_sphere.npz, poses_bounds.npy, a "
+            "RealEstate10K text file with its frames, a clip in a chunk (x.torch/key) or "
+            f"{LVSM_FOLDER}/<clip>.json."
         )
     return reader
 
@@ -47,34 +67,71 @@ def recognise(path: pathlib.Path) -> Reader:
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
     """Paths of the scenes directly inside a folder, sorted by name; or the path of one scene.
 
-    Sub-folders with a known layout; and RealEstate10K text files with a folder of frames of the
-    same name.
+    Sub-folders with a known layout; RealEstate10K text files with a folder of frames of the same
+    name; and clips of chunks and of LVSM's lists, which are not opened for that (see `chunks`).
 
     Raises:
       InputError: the path is not there, cannot be listed or holds no scene.
     """
     if folder.is_file():
+        if folder.suffix == chunks.SUFFIX:
+            return [folder / key for key in chunks.keys(folder)]
+        return _lvsm_clips(folder.parent) if folder.name == LVSM_LIST else [folder]
+    if chunks.split(folder) is not None:
         return [folder]
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; check the path.")
     if _folder(folder) is not None:
         return [folder]
-    found = []
+    if found := list(chunks.find(folder).values()) or _lvsm_clips(folder):
+        return found
+    found, splits = [], []
     for entry in scene_files.entries(folder):
         try:
             if entry.is_dir():
                 # A clip is named by its text file: its folder would be found a second time.
                 clip = entry.with_name(entry.name + ".txt")
                 known = not clip.is_file() and _folder(entry) is not None
+                splits += [] if known or not _is_split(entry) else [entry.name]
             else:
                 known = entry.suffix == ".txt" and entry.with_suffix("").is_dir()
         except OSError as error:
             raise InputError(f"{entry}: cannot be read ({error.strerror}); check it.") from error
         if known:
             found.append(entry)
+    if not found and splits:
+        raise InputError(f"{folder}: holds splits ({', '.join(splits)}); name one of them.")
     if not found:
         raise InputError(f"{folder}: holds no scene folders; check the path.")
     return found
+
+
+def _lvsm_clips(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Clips that full_list.txt names, else all of `metadata`; none is looked at.
+
+    The list has paths of the machine that wrote it, of which the names are taken.
+    """
+    listed = folder / LVSM_LIST
+    if listed.is_file():
+        lines = [line.strip() for line in scene_files.read_text(listed).splitlines()]
+        names = {line.replace("\\", "/").rpartition("/")[2] for line in lines if line}
+        if not names:
+            raise InputError(f"{listed}: lists no scene; get it again.")
+        if bad := next((name for name in sorted(names) if not name.endswith(".json")), None):
+            raise InputError(f"{listed}: lists {bad!r:.60}; expected paths of .json files.")
+    elif (folder / LVSM_FOLDER).is_dir() and (folder / "images").is_dir():
+        inside = scene_files.entries(folder / LVSM_FOLDER)
+        names = {file.name for file in inside if file.suffix == ".json"}
+    else:
+        return []
+    return [folder / LVSM_FOLDER / name for name in sorted(names)]
+
+
+def _is_split(folder: pathlib.Path) -> bool:
+    """Whether a folder looks like one of chunks or of LVSM's clips."""
+    if (folder / LVSM_LIST).is_file() or (folder / chunks.INDEX).is_file():
+        return True
+    return any(file.suffix == chunks.SUFFIX for file in scene_files.entries(folder))
 
 
 def _folder(path: pathlib.Path) -> Reader | None:
@@ -131,6 +188,8 @@ def _file(path: pathlib.Path) -> Reader | None:
         return _bind(array_formats.read_neus, path)
     if path.suffix == ".npy":
         return _bind(array_formats.read_llff, path)
+    if path.suffix == chunks.SUFFIX:
+        return lambda options: chunks.read(path, None, options)
     if path.stem in ("cameras", "images", "points3D") and path.suffix in (".txt", ".bin"):
         return _bind(colmap_format.read, path.parent)
     if path.suffix == ".txt":

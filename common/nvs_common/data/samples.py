@@ -13,6 +13,8 @@ from nvs_common.data import sources, views
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Views
 
+# How many scenes of a large folder are tried for one that is long enough.
+_TRIED = 100
 _CAMERA_ARRAYS = ("world_from_cam", "intrinsics", "near", "far")
 
 
@@ -31,11 +33,11 @@ class Sampler:
       min_context: with 1 or more, every batch has a number of context views drawn from
         [min_context, num_context], the same for all of its scenes; 0: always num_context.
       skip_short_scenes: leave out a folder's scenes with too few views, which are an error
-        otherwise.
+        otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
-      max_bad_scenes: how many scenes whose images turn out to be unreadable one process may
-        replace by the next scene before it stops.
+      max_bad_scenes: how many scenes that turn out to be unreadable, themselves or their images,
+        one process may replace by the next scene before it stops.
     """
 
     num_context: int
@@ -86,7 +88,7 @@ class Sampler:
           InputError: the scene is too small.
         """
         counts = {"num_context": self.num_context, "num_target": self.num_target}
-        name = f"scene {scene.source}"
+        name = _name(scene)
         if self.choice == "nearest_random":
             cameras = scene.cameras[allowed]
             drawn = views.nearest_random(
@@ -111,16 +113,22 @@ class Sampler:
             drawn = views.random(len(allowed), rng, name=name, **counts)
         return views.Choice(allowed[drawn.context], allowed[drawn.target])
 
+    @property
+    def fewest_views(self) -> int:
+        """How many views a scene has to offer."""
+        if self.choice == "window":
+            return views.shortest_window(self.num_context, self.num_target, self.min_distance)
+        return self.num_context + self.num_target
+
     def usable(self, source: Any) -> Any:
         """The source, with `skip_short_scenes` without a folder's scenes that are too small.
 
-        Where all are, it stays as it is: `check` then says what is too small for what.
+        Where all are, it stays as it is: `check` then says what is too small for what. So does a
+        large folder, whose scenes are not known yet.
         """
         if not self.skip_short_scenes or not isinstance(source, sources.FolderScenes):
             return source
-        needed = self.num_context + self.num_target
-        if self.choice == "window":
-            needed = views.shortest_window(self.num_context, self.num_target, self.min_distance)
+        needed = self.fewest_views
         sizes = [len(self.allowed(scene, folder=True)) for scene in source.scenes]
         large = [s for s, size in zip(source.scenes, sizes, strict=True) if size >= needed]
         if not large or len(large) == len(source):
@@ -133,22 +141,42 @@ class Sampler:
         )
         return dataclasses.replace(source, scenes=tuple(large))
 
+    def skips(self, scene: Any) -> bool:
+        """Whether a folder's scene is left out for its size."""
+        offered = len(self.allowed(scene, folder=True))
+        return self.skip_short_scenes and offered < self.fewest_views
+
     def check(self, source: Any) -> None:
         """Tries the choice on every scene of a folder, on cameras only, before training starts.
+
+        Of a large folder it tries one scene, and of the procedural world, whose scenes have the
+        same number of views.
 
         Raises:
           InputError: a scene is too small, or depth is asked for where there is none.
         """
-        folder = isinstance(source, sources.FolderScenes)
-        # Every scene of the procedural world has the same number of views.
-        for index in range(len(source) if folder else min(len(source), 1)):
+        folder = isinstance(source, sources.FOLDERS)
+        tried = range(len(source) if isinstance(source, sources.FolderScenes) else 1)
+        if isinstance(source, sources.LazyScenes):
+            tried = [self._example(source)]
+        for index in tried:
             scene = source[index]
             self.choose(scene, self.allowed(scene, folder=folder), np.random.default_rng(0))
             if self.with_depth and not hasattr(scene, "depths"):
                 raise InputError(
-                    f"data.with_depth is set, but scene {scene.source} has no depth: unset it, "
+                    f"data.with_depth is set, but {_name(scene)} has no depth: unset it, "
                     "or train on the procedural world. With Quark: configs/quark.py:tiny,photos."
                 )
+
+    def _example(self, source: sources.LazyScenes) -> int:
+        """One of the first scenes that is long enough; the first of all where none is."""
+        for index in range(min(len(source), _TRIED)):
+            try:
+                if not self.skips(source[index]):
+                    return index
+            except InputError:
+                continue  # bad: met again, and counted, when it is drawn
+        return 0
 
 
 class DrawSample:
@@ -157,37 +185,48 @@ class DrawSample:
     def __init__(self, source: Any, sampler: Sampler):
         self._source = source
         self._sampler = sampler
-        self._folder = isinstance(source, sources.FolderScenes)
-        self._bad: set[str] = set()
+        self._folder = isinstance(source, sources.FOLDERS)
+        self._bad: set[int] = set()
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        """Draws a sample; a scene with unreadable images is replaced by the next scene.
+        """Draws a sample; a scene that is bad, or short, is replaced by the next scene.
 
-        The same bad image is met again whenever it is drawn, so that the order stays a function
+        The same bad scene is met again whenever it is drawn, so that the order stays a function
         of (seed, step): what happened before only decides when to stop.
         """
         sampler = self._sampler
+        name = "none"
         for attempt in range(len(self._source)):
-            scene = self._source[(int(index) + attempt) % len(self._source)]
+            number = (int(index) + attempt) % len(self._source)
+            try:
+                scene = self._source[number]
+            except InputError as error:
+                self._replace(number, error)
+                continue
+            name = _name(scene)
+            # Of a folder that was loaded whole, short scenes were left out at the start.
+            if isinstance(self._source, sources.LazyScenes) and sampler.skips(scene):
+                continue
             choice = sampler.choose(scene, sampler.allowed(scene, folder=self._folder), rng)
             try:
                 return assemble(scene, choice, with_depth=sampler.with_depth)
             except InputError as error:
-                self._bad.add(scene.source)
-                if len(self._bad) > sampler.max_bad_scenes:
-                    raise
-                logging.warning(
-                    "Replacing bad scene (%d of at most %d): %s",
-                    len(self._bad),
-                    sampler.max_bad_scenes,
-                    error,
-                )
+                self._replace(number, error)
             except Exception as error:
-                error.add_note(f"While views {choice} of scene {scene.source} were read.")
+                error.add_note(f"While views {choice} of {name} were read.")
                 raise
         raise InputError(
-            f"No scene could be read of {len(self._source)}; the last one is {scene.source}."
+            f"No scene could be read of {len(self._source)}; the last one is {name}. Those with "
+            f"fewer than {sampler.fewest_views} views are left out with data.skip_short_scenes."
         )
+
+    def _replace(self, number: int, error: InputError) -> None:
+        """Counts a bad scene, and raises its error where there are too many of them."""
+        self._bad.add(number)
+        most = self._sampler.max_bad_scenes
+        if len(self._bad) > most:
+            raise error
+        logging.warning("Replacing bad scene (%d of at most %d): %s", len(self._bad), most, error)
 
 
 class DrawContextSize:
@@ -266,8 +305,13 @@ def _views(scene: Any, indices: np.ndarray) -> Views:
     images = np.asarray(scene.images(indices), np.float32)
     if images.shape != (len(indices), cameras.height, cameras.width, 3):
         raise InputError(
-            f"Scene {scene.source}: images {images.shape} were read, but {len(indices)} images of "
+            f"{_name(scene)}: images {images.shape} were read, but {len(indices)} images of "
             f"{cameras.height} x {cameras.width} x 3 were expected."
         )
     single = [np.asarray(getattr(cameras, name), np.float32) for name in _CAMERA_ARRAYS]
     return Views(images, Cameras(*single, height=cameras.height, width=cameras.width))
+
+
+def _name(scene: Any) -> str:
+    """What messages call a scene: its path where it has one."""
+    return f"scene {getattr(scene, 'path', scene.source)}"

@@ -15,7 +15,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,28 @@ MAX_BINARY_BYTES = 16 * 2**30
 MAX_FRAMES = 1_000_000
 # What a damaged archive makes Python's reader raise, besides the built-in kinds.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error)
+# A zip archive's header of one entry: signature, then the lengths of its name and extra field.
+_ENTRY_HEADER = struct.Struct("<4s22xHH")
+
+
+class Packed(NamedTuple):
+    """Part of an entry that a zip archive stores without compression; bytes.
+
+    Attributes:
+      archive: the archive.
+      header: where the entry's header begins.
+      size: of the whole entry.
+      crc: checksum of the whole entry.
+      first: where the part begins in the entry.
+      count: size of the part.
+    """
+
+    archive: pathlib.Path
+    header: int
+    size: int
+    crc: int
+    first: int
+    count: int
 
 
 def read_bytes(path: pathlib.Path, limit: int) -> bytes:
@@ -41,6 +63,32 @@ def read_bytes(path: pathlib.Path, limit: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check it.") from error
+
+
+def read_packed(packed: Packed, where: str) -> bytes:
+    """At most MAX_ARRAY_BYTES from an archive, without looking at the rest of it.
+
+    Args:
+      packed: which bytes.
+      where: what they are, for the message.
+
+    Raises:
+      InputError: the archive is gone, or no longer the one that `packed` was made for.
+    """
+    if packed.size > MAX_ARRAY_BYTES:
+        raise InputError(f"{where}: {packed.size} bytes, more than the {MAX_ARRAY_BYTES} allowed.")
+    try:
+        with packed.archive.open("rb") as stream:
+            stream.seek(packed.header)
+            header = stream.read(_ENTRY_HEADER.size)
+            if len(header) == _ENTRY_HEADER.size and header.startswith(b"PK\3\4"):
+                stream.seek(sum(_ENTRY_HEADER.unpack(header)[1:]), os.SEEK_CUR)
+            content = stream.read(packed.size)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror}); check it.") from error
+    if len(content) != packed.size or zlib.crc32(content) != packed.crc:
+        raise InputError(f"{where}: damaged or cut short (bad CRC); get {packed.archive} again.")
+    return content[packed.first : packed.first + packed.count]
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from nvs_common.data import distortion as distortion_lib
 from nvs_common.data import images, scene_files
+from nvs_common.data.scene_files import Packed
 from nvs_common.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Posed:
       distortion: of the stored image.
       near: z-depth, where the file gives one.
       far: z-depth, where the file gives one.
+      packed: the image itself, where it is in an archive; `image` is then a name alone.
     """
 
     image: str
@@ -51,6 +53,7 @@ class Posed:
     distortion: distortion_lib.Distortion = distortion_lib.Distortion()
     near: float | None = None
     far: float | None = None
+    packed: Packed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Frame:
       width: columns of the stored image.
       near: z-depth or None.
       far: z-depth or None.
+      packed: the image where it is in an archive; `path` then names it for messages.
     """
 
     path: pathlib.Path
@@ -78,6 +82,7 @@ class Frame:
     width: int
     near: float | None = None
     far: float | None = None
+    packed: Packed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Loaded:
       root: the scene's folder, which image names are relative to.
       bounds: where the frames' near and far come from; None to have them from geometry.
       common_crop: whether images of different sizes are cropped to the common one (Spaces).
+      ordered: whether frames keep this order, that of a video; otherwise they are sorted by name.
     """
 
     frames: tuple[Frame, ...]
@@ -97,13 +103,18 @@ class Loaded:
     root: pathlib.Path
     bounds: str | None = None
     common_crop: bool = False
+    ordered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Choices of `load_scene` that readers see; a reader refuses those it has no use for."""
+    """Choices of `load_scene` that readers see; a reader refuses those it has no use for.
+
+    Every reader takes `strict`; those of videos take `check`, the others look at all images.
+    """
 
     strict: bool = True
+    check: str = "all"
     image_folder: str | None = None
     rig: int | None = None
 
@@ -230,7 +241,12 @@ def find_image(root: pathlib.Path, relative: str, where: str) -> pathlib.Path | 
 
 
 def build_frames(
-    posed: Sequence[Posed], root: pathlib.Path, file: pathlib.Path, *, strict: bool = True
+    posed: Sequence[Posed],
+    root: pathlib.Path,
+    file: pathlib.Path,
+    *,
+    strict: bool = True,
+    check: str = "all",
 ) -> list[Frame]:
     """Finds every frame's image and checks its camera.
 
@@ -239,10 +255,14 @@ def build_frames(
       root: the scene's folder.
       file: for messages.
       strict: whether a missing image is an error; else it is left out with one warning.
+      check: "all" opens every image; "first" only the first, whose size all others have to have
+        when they are decoded.
 
     Raises:
       InputError: naming the file, the frame and the reason.
     """
+    if check not in ("all", "first"):
+        raise InputError(f"check={check!r} is none of 'all', 'first'.")
     if not posed:
         raise InputError(f"{file}: the scene is empty: it lists no frames.")
     if len(posed) > scene_files.MAX_FRAMES:
@@ -250,7 +270,8 @@ def build_frames(
     frames, missing, seen = [], [], set()
     for item in posed:
         where = f"{file}: frame {item.image!r}"
-        path = find_image(root, item.image, where)
+        packed = item.packed is not None
+        path = root / item.image if packed else find_image(root, item.image, where)
         if path is None:
             missing.append(item.image)
             if strict:
@@ -259,7 +280,8 @@ def build_frames(
         if path in seen:
             raise InputError(f"{where}: the image is listed twice; remove one of the two.")
         seen.add(path)
-        frames.append(_build(item, path, where))
+        known = (frames[0].height, frames[0].width) if check == "first" and frames else None
+        frames.append(_build(item, path, where, known or images.probe(path, item.packed)))
     if missing:
         log.warning(
             "%s: skipped %d of %d frames whose images are missing (first: %s)",
@@ -270,8 +292,8 @@ def build_frames(
     return frames
 
 
-def _build(item: Posed, path: pathlib.Path, where: str) -> Frame:
-    height, width = images.probe(path)
+def _build(item: Posed, path: pathlib.Path, where: str, size: tuple[int, int]) -> Frame:
+    height, width = size
     try:
         pose = rigid(item.world_from_cam)
         stored = np.asarray(item.lens(height, width), np.float64)
@@ -282,9 +304,8 @@ def _build(item: Posed, path: pathlib.Path, where: str) -> Frame:
             intrinsics = distortion_lib.pinhole(item.distortion, stored, height, width)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    return Frame(
-        *(path, pose, stored, intrinsics, item.distortion, height, width, item.near, item.far)
-    )
+    camera = (pose, stored, intrinsics, item.distortion)
+    return Frame(path, *camera, height, width, item.near, item.far, item.packed)
 
 
 def _check_depths(near: float | None, far: float | None) -> None:

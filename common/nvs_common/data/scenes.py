@@ -1,7 +1,8 @@
 """Scene folders: one internal form for every layout.
 
 `load_scene(path)` reads nerfstudio, instant-ngp, Blender, COLMAP, opencv_cameras.json, LLFF,
-RealEstate10K, NeuS (DTU) and Spaces; `layouts` says how they are told apart. Cameras come out as
+RealEstate10K (as text files, as pixelSplat's chunks, as LVSM's JSON files), NeuS (DTU) and Spaces;
+`layouts` says how they are told apart. Cameras come out as
 float64 world_from_cam with OpenCV axes, pinhole intrinsics in pixels with half-integer pixel
 centres, and near and far z-depths, sorted by image name. Images are decoded when asked for.
 """
@@ -83,6 +84,7 @@ def load_scene(
     image_folder: str | None = None,
     rig: int | None = None,
     near_far: tuple[float, float] | None = None,
+    check: str = "all",
 ) -> Scene:
     """Loads a scene folder, a camera file, a COLMAP model folder or a RealEstate10K clip.
 
@@ -96,12 +98,14 @@ def load_scene(
       image_folder: which copy of the images to use, such as "images_4" (intrinsics follow).
       rig: which rig position of a Spaces scene; the first by default.
       near_far: z-depths for every camera, in place of the scene's own.
+      check: "first" opens the first image alone where the scene is a video, whose frames have one
+        size; what is wrong with another is then found when it is decoded.
 
     Raises:
       InputError: one sentence that names the file, the frame and the reason.
     """
     path = pathlib.Path(path)
-    options = Options(strict=strict, image_folder=image_folder, rig=rig)
+    options = Options(strict=strict, check=check, image_folder=image_folder, rig=rig)
     loaded = layouts.recognise(path)(options)
     scene = _scene(loaded, path, size)
     if near_far is not None:
@@ -144,7 +148,9 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
     return _with_depths(scene, limits, depth_bounds.FROM_IMAGES)
 
 
-def load_measured(path: str | pathlib.Path, *, size: tuple[int, int] | None = None) -> Scene:
+def load_measured(
+    path: str | pathlib.Path, *, size: tuple[int, int] | None = None, check: str = "all"
+) -> Scene:
     """`load_scene`, and `measure_depths` where near and far would come from the cameras alone.
 
     What training, evaluation and rendering use: a range several times too wide wastes the
@@ -153,7 +159,7 @@ def load_measured(path: str | pathlib.Path, *, size: tuple[int, int] | None = No
     Raises:
       InputError: as the two functions it is made of.
     """
-    scene = load_scene(path, size=size)
+    scene = load_scene(path, size=size, check=check)
     guessed = (depth_bounds.FROM_MEETING, depth_bounds.FROM_SPREAD)
     return measure_depths(scene) if scene.bounds in guessed else scene
 
@@ -234,21 +240,22 @@ def _assemble(scene: Scene, windows: Sequence[Window], height: int, width: int) 
 
 
 def _sorted(loaded: Loaded) -> tuple[tuple[Frame, ...], tuple[str, ...]]:
-    """Frames by name; RealEstate10K keeps the order of its timestamps, which are numbers."""
+    """Frames by name, or in the order of the video."""
     folders = [frame.path.parent for frame in loaded.frames]
     common = pathlib.Path(os.path.commonpath(folders))
     named = [(frame.path.relative_to(common).as_posix(), frame) for frame in loaded.frames]
-    if loaded.source != "RealEstate10K":
+    if not loaded.ordered:
         named.sort(key=lambda item: item[0])
     return tuple(frame for _, frame in named), tuple(name for name, _ in named)
 
 
 def _stored_image(frame: Frame) -> np.ndarray:
-    image = images.decode(frame.path)
+    image = images.decode(frame.path, frame.packed)
     if image.shape[:2] != (frame.height, frame.width):
         raise InputError(
             f"{frame.path}: the image is {image.shape[1]} x {image.shape[0]} but was "
-            f"{frame.width} x {frame.height} when the scene was loaded; load the scene again."
+            f"{frame.width} x {frame.height} when the scene was loaded (of a video, its first "
+            "frame); load the scene again, or bring its images to one size."
         )
     if frame.distortion.is_pinhole:
         return image

@@ -12,10 +12,13 @@ processes. A scene has `cameras` [n], `names`, `source`, `bounds` and `images(in
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+import pathlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,10 @@ from nvs_common.errors import InputError
 # Training worlds have seeds below this number and the evaluation world has exactly it, so no
 # run, whatever its seed, trains on a scene that any run is evaluated on.
 HELD_OUT_SEED = 2**31
+# Of a folder of more scenes, each is loaded when it is asked for.
+LOADED_AT_START = 64
+# Views of such a folder whose cameras stay in memory, 1 kB each.
+KEPT_VIEWS = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,62 @@ class FolderScenes:
 
     def __getitem__(self, index: int) -> Any:
         return self.scenes[index]
+
+
+class LazyScenes:
+    """Scenes of a large folder, loaded when they are asked for; only their paths are in memory.
+
+    `source[i]` raises InputError for a scene that cannot be loaded, every time. The scenes asked
+    for last are kept, up to KEPT_VIEWS views in every process.
+
+    Attributes:
+      paths: of the scenes, in their order.
+      size: (height, width) of the views, None for that of the files.
+      skipped: path -> reason, of scenes that were found bad at the start and left out.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[pathlib.Path],
+        size: tuple[int, int] | None,
+        skipped: Mapping[str, str] | None = None,
+    ):
+        self.paths, self.size, self.skipped = tuple(paths), size, dict(skipped or {})
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> scenes.Scene:
+        path = self.paths[index]
+        with self._lock:
+            if path in self._kept:
+                self._kept.move_to_end(path)
+                return self._kept[path]
+        scene = scenes.load_measured(path, size=self.size, check="first")
+        with self._lock:
+            if path not in self._kept:
+                self._kept[path] = scene
+                self._views += len(scene)
+            while self._views > KEPT_VIEWS and len(self._kept) > 1:
+                self._views -= len(self._kept.popitem(last=False)[1])
+        return scene
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was loaded stays in its process.
+        return {"paths": self.paths, "size": self.size, "skipped": self.skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock, self._views = threading.Lock(), 0
+        self._kept: collections.OrderedDict[pathlib.Path, scenes.Scene] = collections.OrderedDict()
+
+
+# Sources of photographs, of which some views may be held out.
+FOLDERS = (FolderScenes, LazyScenes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +172,8 @@ def make_source(config) -> Any:
     """The training scenes that `config.data.source` names.
 
     Scenes of a folder that cannot be loaded are skipped, with a warning that names each, up to
-    `config.data.max_bad_scenes` (0 if the config has none) in every folder.
+    `config.data.max_bad_scenes` (0 if the config has none) in every folder; in a large folder, see
+    `load_folder`, when they are drawn.
 
     Raises:
       InputError: a source does not exist, or has more bad scenes than that.
@@ -217,8 +281,11 @@ def load_folder(
     *,
     size: tuple[int, int] | None = None,
     max_bad: int = 0,
-) -> FolderScenes:
+) -> FolderScenes | LazyScenes:
     """Loads the cameras of every scene under a folder.
+
+    Of a folder of more than LOADED_AT_START scenes only as many are loaded as it takes to find a
+    good one; each of the others when it is asked for, of videos with a look at one frame.
 
     Args:
       path: one scene or a folder of scenes.
@@ -229,13 +296,18 @@ def load_folder(
       InputError: no scene is found, none is usable, or more than `max_bad` are bad.
     """
     good, skipped = [], {}
-    for found in scenes.find_scenes(path):
+    found = scenes.find_scenes(path)
+    lazy = len(found) > LOADED_AT_START
+    for place in found:
         try:
-            good.append(scenes.load_measured(found, size=size))
+            check = "first" if lazy else "all"
+            good.append(scenes.load_measured(place, size=size, check=check))
+            if lazy:
+                break
         except InputError as error:
             if max_bad == 0:
                 raise
-            skipped[str(found)] = str(error)
+            skipped[str(place)] = str(error)
             logging.warning("Skipping bad scene %d: %s", len(skipped), error)
         if len(skipped) > max_bad:
             raise InputError(
@@ -244,6 +316,8 @@ def load_folder(
             )
     if not good:
         raise InputError(f"{path} has no usable scene: {_join(skipped.values()) or 'it is empty.'}")
+    if lazy:
+        return LazyScenes(found[len(skipped) :], size, skipped)
     if skipped:
         logging.warning("%s: %d scenes usable, %d skipped.", path, len(good), len(skipped))
     return FolderScenes(tuple(good), skipped)
