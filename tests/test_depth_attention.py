@@ -60,7 +60,7 @@ def test_samples_and_where_views_see_them_are_the_recorded_ones():
         np.testing.assert_allclose(seen.uv[0][mask], z["uv"][rows][mask], rtol=1e-6, atol=1e-5)
         close(seen.depth[0], z["z_in_view"][rows])
         # A pixel of 20 is known to 5e-6 in float32, and features change by 5 between pixels.
-        close(sampled[0][mask], z["sampled"][rows][mask], 2e-5)
+        close(sampled[0][mask], z["sampled"][rows][mask], 3e-5)
         close(depth[0], z["other_depth_at_uv"][rows], 2e-5)
         inner = mask & np.isclose(depth[0], visible[1][0], atol=1e-6)
         found = np.abs(visible[1][0] - seen.depth[0]) < 0.05
