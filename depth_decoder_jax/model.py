@@ -165,8 +165,8 @@ class DepthGuidedDecoder(nn.Module):
         size = (latents.shape[-3] * factor, latents.shape[-2] * factor)
         if (cams.height, cams.width) != size or jnp.shape(cams.near) != latents.shape[:2]:
             raise InputError(
-                f"latents of shape {latents.shape} decode to images of {size}, but there are "
-                f"cameras {jnp.shape(cams.near)} of images of {(cams.height, cams.width)}; give a camera "
+                f"latents of shape {latents.shape} decode to images of {size}; there are cameras "
+                f"{jnp.shape(cams.near)} of images of {(cams.height, cams.width)}: give a camera "
                 "for every view, resized to the decoded images."
             )
         if self.front == "none":

@@ -4,6 +4,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   quark_ablation   trains each ablation of the paper's Tab. 4 for --steps, on --scenes held out
   quark_views      quality, time and memory of a trained model against the number of --views
   quark_temporal   flicker of trained models along a camera path of --frames
+  depth_decoder    time and memory of attention between views: along short rays, along whole ones,
+                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
 
 The last two take --workdir=RUN or --weights=FILE, and procedural held-out scenes or --data=PATH:
 
@@ -42,7 +44,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from launch import ablation, arithmetic, cli, input_counts, measuring, path_flicker, tasks, trained
+from launch import (
+    ablation,
+    arithmetic,
+    cli,
+    depth_costs,
+    input_counts,
+    measuring,
+    path_flicker,
+    tasks,
+    trained,
+)
 from nvs_common import errors, runs, train
 from nvs_common.data import pipeline, sources
 from nvs_common.types import Batch, Cameras, Views
@@ -131,6 +143,13 @@ def quark_temporal() -> list[str]:
     config = _with_scenes(models[0].config)
     num_inputs = _view_counts(config)[0]
     return path_flicker.study(models, _scenes(config), _PATH.value, _FRAMES.value, num_inputs)
+
+
+def depth_decoder() -> list[str]:
+    """Attention between views against the same along whole rays and to all pixels."""
+    counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
+    grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
+    return depth_costs.study(counts, grids, repeats=_REPEATS.value)
 
 
 def quark_sizes() -> list[str]:
@@ -282,6 +301,7 @@ def _median(compiled: Callable, *args: Any) -> float:
 
 
 BENCHMARKS = {
+    "depth_decoder": depth_decoder,
     "quark": quark,
     "quark_ablation": quark_ablation,
     "quark_views": quark_views,
