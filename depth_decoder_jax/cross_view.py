@@ -200,16 +200,16 @@ class DepthTruncatedAttention(nn.Module):
         """All pixels of all views, [b, v, y, x, a, f]."""
         channels = y.shape[-1]
         flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:])  # noqa: E731
-        pair = [flat(self._heads(name, y, channels)) for name in ("key", "value")]
+        k, v = (flat(self._heads(name, y, channels)) for name in ("key", "value"))
         if front is not None:
             names = ("front_key", "front_value")
             more = [flat(self._heads(name, front.features, channels)) for name in names]
-            pair = [jnp.concatenate(both, axis=1) for both in zip(pair, more, strict=True)]
-        return attention.attention(flat(q), *pair).reshape(q.shape)
+            k, v = (jnp.concatenate(both, axis=1) for both in zip((k, v), more, strict=True))
+        return attention.attention(flat(q), k, v).reshape(q.shape)
 
     def _placed(self, front: FrontFeatures, projected: Any, count: int) -> aggregation.Front:
-        size = front.features.shape[1:3]
-        return aggregation.Front(projected, epipolar.place(front.cameras, *size, count))
+        height, width = front.features.shape[1:3]
+        return aggregation.Front(projected, epipolar.place(front.cameras, height, width, count))
 
     def _description_kernel(self, width: int, count: int) -> Array | None:
         """From what `_describe` gives in each of count views to what it adds, [count, e, width]."""

@@ -98,7 +98,7 @@ class DepthGuidedDecoder(nn.Module):
             self.pyramid = FrontPyramid(self.vae.channels, self.vae.dtype)
         if self.front == "broadcast":
             zeros = nn.initializers.zeros_init()
-            setting = dict(dtype=self.vae.dtype, kernel_init=zeros, use_bias=False)
+            setting: Any = dict(dtype=self.vae.dtype, kernel_init=zeros, use_bias=False)
             self.broadcast = [nn.Conv(c, (1, 1), **setting) for c in channels[: self.levels]]
 
     def __call__(
@@ -130,7 +130,10 @@ class DepthGuidedDecoder(nn.Module):
         """
         self._check(latents, cams, front)
         known = epipolar.surfaces(cams, depth, mask)
-        levels = [] if self.front == "none" else self.pyramid(2 * front.images - 1)
+        if self.front == "none" or front is None:
+            front, levels = None, []
+        else:
+            levels = self.pyramid(2 * jnp.asarray(front.images) - 1)
         keys = [None] * self.levels if key is None else list(jax.random.split(key, self.levels))
 
         def refine(index: int, x: Array) -> Array:
@@ -139,7 +142,7 @@ class DepthGuidedDecoder(nn.Module):
             seen = None
             if self.front == "broadcast":
                 x = x.at[:, 0].add(self.broadcast[index](levels[index]).astype(x.dtype))
-            elif self.front == "view":
+            elif front is not None:
                 seen = cross_view.FrontFeatures(levels[index], front.cameras)
             return self.cross[index](x, known, seen, keys[index])
 

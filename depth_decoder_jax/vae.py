@@ -57,7 +57,7 @@ class TemporalResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [b, t, y, x, c] to the same shape; the residual is not added."""
-        norm = dict(groups=self.groups, epsilon=TEMPORAL_EPSILON, dtype=self.dtype)
+        norm: Any = dict(groups=self.groups, epsilon=TEMPORAL_EPSILON, dtype=self.dtype)
         y = nn.silu(blocks.GroupNorm(**norm, name="norm1")(x))
         y = TemporalConv(x.shape[-1], self.dtype, name="conv1")(y)
         y = nn.silu(blocks.GroupNorm(**norm, name="norm2")(y))
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = blocks.conv(self.channels[0], 3, "conv_in", self.dtype)(x)
-        setting = dict(groups=self.groups, dtype=self.dtype)
+        setting: Any = dict(groups=self.groups, dtype=self.dtype)
         for i, width in enumerate(self.channels):
             last = i == len(self.channels) - 1
             x = DownBlock(width, self.num_resnets, last, **setting, name=f"down_{i}")(x)
@@ -115,7 +115,7 @@ class DownBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for j in range(self.num_resnets):
-            setting = dict(groups=self.groups, dtype=self.dtype)
+            setting: Any = dict(groups=self.groups, dtype=self.dtype)
             x = blocks.ResnetBlock(self.channels, **setting, name=f"resnet_{j}")(x)
         return x if self.last else blocks.Downsample(self.dtype, name="downsample")(x)
 
@@ -128,7 +128,7 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        setting = dict(groups=self.groups, dtype=self.dtype)
+        setting: Any = dict(groups=self.groups, dtype=self.dtype)
         x = blocks.ResnetBlock(x.shape[-1], **setting, name="resnet_0")(x)
         x = blocks.SelfAttention(**setting, name="attention")(x)
         return blocks.ResnetBlock(x.shape[-1], **setting, name="resnet_1")(x)
@@ -155,7 +155,7 @@ class TemporalDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Array, refine: Refine | None = None) -> Array:
-        setting = dict(groups=self.groups, dtype=self.dtype)
+        setting: Any = dict(groups=self.groups, dtype=self.dtype)
         x = latents.astype(self.dtype)
         x = _each_frame(blocks.conv(self.channels[-1], 3, "conv_in", self.dtype), x)
         x = TemporalMidBlock(self.num_mid, **setting, name="mid")(x)
@@ -181,7 +181,7 @@ class TemporalMidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        setting = dict(groups=self.groups, dtype=self.dtype)
+        setting: Any = dict(groups=self.groups, dtype=self.dtype)
         resnets = [
             SpatioTemporalBlock(x.shape[-1], **setting, name=f"resnet_{j}")
             for j in range(self.num_resnets)
@@ -209,7 +209,7 @@ class UpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, refine: Callable[[Array], Array] | None = None) -> Array:
         for j in range(self.num_resnets):
-            setting = dict(groups=self.groups, dtype=self.dtype)
+            setting: Any = dict(groups=self.groups, dtype=self.dtype)
             x = SpatioTemporalBlock(self.channels, **setting, name=f"resnet_{j}")(x)
         if refine is not None:
             x = refine(x)
@@ -243,7 +243,7 @@ class SVDVAE(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        shared = dict(groups=self.groups, dtype=self.dtype)
+        shared: Any = dict(groups=self.groups, dtype=self.dtype)
         self.encoder = Encoder(self.channels, self.num_resnets, self.latent_channels, **shared)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         self.decoder = TemporalDecoder(

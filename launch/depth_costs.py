@@ -95,10 +95,10 @@ def _orbit(count: int, height: int, width: int) -> epipolar.Surfaces:
             [zero, zero, zero, zero + 1],
         ]
     )
-    k = np.float32([1.1 * width, 1.1 * width, width / 2, height / 2])
+    k = np.array([1.1 * width, 1.1 * width, width / 2, height / 2], np.float32)
     near = np.ones((1, count), np.float32)
     intrinsics = np.broadcast_to(k, (1, count, 4))
-    poses = np.float32(np.moveaxis(pose, -1, 0)[None])
+    poses = np.moveaxis(pose, -1, 0)[None].astype(np.float32)
     cams = Cameras(poses, intrinsics, near, 2 * near, height, width)
     u, v = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     square = ((u - k[2]) / k[0]) ** 2 + ((v - k[3]) / k[1]) ** 2

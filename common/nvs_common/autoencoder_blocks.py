@@ -82,7 +82,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = dict(groups=self.groups, epsilon=self.epsilon, dtype=self.dtype)
+        norm: Any = dict(groups=self.groups, epsilon=self.epsilon, dtype=self.dtype)
         y = nn.silu(GroupNorm(**norm, name="norm1")(x))
         y = conv(self.channels, 3, "conv1", self.dtype)(y)
         y = nn.silu(GroupNorm(**norm, name="norm2")(y))
