@@ -12,7 +12,7 @@ from depth_decoder_jax import SVDVAE, DepthGuidedDecoder, decode_with_depth, mod
 from nvs_common import sharding
 from nvs_common.errors import InputError
 from nvs_common.types import Views
-from tests import test_depth_attention
+from tests import small_depth
 
 VAE = SVDVAE(channels=(32, 32), num_resnets=1, num_mid=1)
 DESIGNS = {
@@ -33,7 +33,7 @@ def built(design):
 def views():
     """Latents [1, 3], cameras, depth and a front picture."""
     latents = jax.random.normal(jax.random.key(0), (1, 3, 4, 4, 4))
-    cams = test_depth_attention.ring(3, 8)
+    cams = small_depth.ring(3, 8)
     depth = 1.3 + 0.2 * jax.random.uniform(jax.random.key(1), (1, 3, 8, 8))
     picture = jax.random.uniform(jax.random.key(2), (1, 8, 8, 3))
     return latents, cams, depth, Views(picture, cams[:, 0])
@@ -140,7 +140,7 @@ def test_gradients_are_finite_without_foreground():
     for wrong in (jnp.zeros_like(depth), depth.at[0, 0].set(-1).at[0, 1, 2].set(jnp.nan)):
         found = value_and_gradients(latents, variables, wrong)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
-    away = test_depth_attention.ring(3, 8, away=True)
+    away = small_depth.ring(3, 8, away=True)
     nothing = decode(module, variables, latents, cams, jnp.zeros_like(depth), None, front)
     looking_away = decode(
         module,

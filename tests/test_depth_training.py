@@ -12,7 +12,7 @@ from depth_decoder_jax import task
 from nvs_common import optim, sharding
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Views
-from tests import test_depth_attention
+from tests import small_depth
 
 
 def small_config(setting="tiny"):
@@ -25,7 +25,7 @@ def small_config(setting="tiny"):
 def batch():
     """One scene of 8 x 8 pixels: the front view and two targets with depth."""
     rng = np.random.default_rng(0)
-    cams = test_depth_attention.ring(3, 8)
+    cams = small_depth.ring(3, 8)
     images = rng.random((1, 3, 8, 8, 3), np.float32)
     depth = np.float32(1.4 + 0.1 * rng.random((1, 2, 8, 8)))
     front, targets = Views(images[:, :1], cams[:, :1]), Views(images[:, 1:], cams[:, 1:])
