@@ -5,6 +5,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   quark_views      quality, time and memory of a trained model against the number of --views
   quark_temporal   flicker of trained models along a camera path of --frames
   lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
+  depth_decoder    time and memory of attention between views: along short rays, along whole ones,
+                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -48,6 +50,7 @@ from launch import (
     allocation,
     arithmetic,
     cli,
+    depth_costs,
     input_counts,
     lvsm_speed,
     measuring,
@@ -159,6 +162,13 @@ def lvsm() -> list[str]:
         repeats=_REPEATS.value,
         threads=threads,
     )
+
+
+def depth_decoder() -> list[str]:
+    """Attention between views against the same along whole rays and to all pixels."""
+    counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
+    grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
+    return depth_costs.study(counts, grids, repeats=_REPEATS.value)
 
 
 def quark_sizes() -> Iterator[str]:
@@ -289,6 +299,7 @@ def _median(compiled: Callable, *args: Any) -> float:
 
 
 BENCHMARKS = {
+    "depth_decoder": depth_decoder,
     "quark": quark,
     "quark_ablation": quark_ablation,
     "quark_views": quark_views,

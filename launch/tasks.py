@@ -1,6 +1,7 @@
 """The only table from a system's name to its code."""
 
+from depth_decoder_jax import task as depth_decoder_task
 from lvsm_jax import task as lvsm_task
 from quark_jax import task as quark_task
 
-TASKS = {"lvsm": lvsm_task.make, "quark": quark_task.make}
+TASKS = {"depth_decoder": depth_decoder_task.make, "lvsm": lvsm_task.make, "quark": quark_task.make}

@@ -7,6 +7,8 @@ clip_norm (0 = no clipping). The top-level `num_steps` sets the end of the sched
 - nonfinite: "skip" (default) skips a step whose gradient has a value that is not finite;
   "replace" puts 0 for NaN and +-1e-6 for +-infinity, as LVSM does. A loss that is not finite
   skips the step in both.
+- rates: rows (start of a parameter's path, factor on its learning rate), the first that fits
+  counts; others have 1, and with 0 a parameter is frozen.
 - schedule_over: "updates" (default) holds the schedule still in a skipped step; with "steps" the
   learning rate is a function of the step alone.
 """
@@ -14,7 +16,7 @@ clip_norm (0 = no clipping). The top-level `num_steps` sets the end of the sched
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,9 +55,41 @@ def make(
         weight_decay=optim.weight_decay,
         mask=lambda params: decay_mask(params, param_axes),
     )
-    if optim.clip_norm <= 0:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adam)
+    parts = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
+    parts.append(adam)
+    if rates := tuple(optim.get("rates", ())):
+        parts.append(optax.stateless(lambda updates, _: scale_by_rates(updates, rates)))
+    return optax.chain(*parts) if len(parts) > 1 else adam
+
+
+def scale_by_rates(updates: Any, rates: Sequence[tuple[str, float]]) -> Any:
+    """Multiplies updates by the factor of the first row with which a parameter's path starts.
+
+    Args:
+      updates: tree of arrays.
+      rates: rows (start of a path such as "vae/encoder", factor).
+
+    Raises:
+      InputError: a row that fits no parameter first, or a negative factor.
+    """
+    used = set()
+
+    def one(path, update):
+        name = sharding.path_name(path)
+        for index, (start, factor) in enumerate(rates):
+            if name.startswith(start):
+                used.add(index)
+                return update * factor
+        return update
+
+    scaled = jax.tree_util.tree_map_with_path(one, updates)
+    wrong = [row for index, row in enumerate(rates) if index not in used or row[1] < 0]
+    if wrong:
+        raise errors.InputError(
+            f"config.optim.rates: {wrong} fit no parameter that no earlier row fits, or are "
+            "negative; a row is (start of a parameter's path, factor)."
+        )
+    return scaled
 
 
 def schedule(config: runs.Config) -> optax.Schedule:
