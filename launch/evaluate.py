@@ -3,14 +3,23 @@
 Every 8th view of a scene is rendered from the nearest of the other views and compared with the
 photograph, beside three methods that learn nothing. Writes report.html (one file, opens in any
 browser) and metrics.json, and prints the table. --weights=FILE takes released weights in place of
-a run, --weights=default those of the checkout. Exit codes: 0 done, 2 bad input.
+a run, --weights=default those of the checkout.
+
+--protocol=re10k --data=CLIPS --index=evaluation_index_re10k.json evaluates as published tables on
+RealEstate10K do: views, image preparation and metrics are the protocol's. Writes metrics.json and
+scenes.csv. A scene of the index that is missing makes it fail before anything is rendered, unless
+--allow_missing counts it; so does, at the end, a scene that cannot be read.
+
+Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 
 # launch/ and configs/ belong to the checkout and are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -20,14 +29,31 @@ import tqdm
 from absl import flags
 
 from launch import cli, trained
-from nvs_common import evaluate, html_report, perceptual, runs
-from nvs_common.data import sources
+from nvs_common import evaluate, html_report, index_evaluation, perceptual, runs
+from nvs_common.data import eval_index, sources
 from nvs_common.errors import InputError
 
 # Quark's protocol, arXiv 2411.16680, Sec. 3.4.
 PUBLISHED_INPUTS = 8
 
 _SOURCE = trained.define_source()
+_PROTOCOL = flags.DEFINE_enum(
+    "protocol",
+    "held_out",
+    ["held_out", "re10k"],
+    "held_out: every so-manieth view from the nearest others. re10k: the views of --index.",
+)
+_INDEX = flags.DEFINE_string(
+    "index",
+    "",
+    "Of --protocol=re10k: a JSON file of scenes with their context and target frames, such as "
+    "pixelSplat's evaluation_index_re10k.json.",
+)
+_ALLOW_MISSING = flags.DEFINE_bool(
+    "allow_missing",
+    False,
+    "Of --protocol=re10k: evaluate the scenes that are there, and say how many are not.",
+)
 _DATA = flags.DEFINE_string(
     "data",
     "",
@@ -87,6 +113,10 @@ def main(_) -> int:
         raise InputError(f"--chunk={_CHUNK.value}: expected 1 or more.")
     if _SOURCE.weights.value and not _OUT.value:
         raise InputError("pass --out=FOLDER: with --weights there is no run's folder to write to.")
+    if _PROTOCOL.value == "re10k":
+        return _by_index(lpips)
+    if _INDEX.value or _ALLOW_MISSING.value:
+        raise InputError("--index and --allow_missing belong to --protocol=re10k.")
     model = trained.load(_SOURCE)
     size = trained.size(_SIZE.value, model.config, photographs=bool(_DATA.value))
     asked = _NUM_INPUTS.value
@@ -99,13 +129,7 @@ def main(_) -> int:
         lpips=lpips,
     )
     scenes = trained.scenes_at(_DATA.value, size) if _DATA.value else _held_out(model.config)
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm.tqdm(desc="evaluating", unit="view", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.refresh()
-
+    with _bar("view") as progress:
         result = evaluate.evaluate(
             model.task,
             model.variables,
@@ -120,6 +144,60 @@ def main(_) -> int:
     print(f"{sum(len(s.views) for s in result.scenes)} views of {len(result.scenes)} scenes")
     print(f"report: {report}")
     return 0
+
+
+def _by_index(lpips) -> int:
+    """Evaluates by an index file; returns the exit code."""
+    fixed = ("num_scenes", "num_inputs", "holdout", "size", "border", "ssim", "chunk")
+    if given := [f"--{name}" for name in fixed if flags.FLAGS[name].present]:
+        raise InputError(f"{', '.join(given)}: --protocol=re10k fixes them; leave them out.")
+    if not _DATA.value or not _INDEX.value:
+        raise InputError("--protocol=re10k needs --data=CLIPS and --index=FILE.json.")
+    index = eval_index.read(pathlib.Path(_INDEX.value))
+    found = eval_index.find(pathlib.Path(_DATA.value), index.choices)
+    if found.missing and not _ALLOW_MISSING.value:
+        raise InputError(
+            f"{_DATA.value}: {len(found.missing)} of {len(index.choices)} scenes of the index are "
+            f"missing: {', '.join(found.missing)}; add them, or pass --allow_missing for "
+            "numbers of the others."
+        )
+    model = trained.load(_SOURCE)
+    config = model.config
+    protocol = index_evaluation.Protocol(
+        size=config.data.height,
+        patch=config.model.get("patch", 1),
+        square=config.data.height == config.data.width,
+        normalize=config.get("poses", {}).get("normalize", "none"),
+        lpips=lpips,
+    )
+    with _bar("scene") as progress:
+        result = index_evaluation.evaluate_index(
+            model.task, model.variables, index, found, protocol, progress=progress
+        )
+    out = pathlib.Path(_OUT.value or model.path / "evaluation_re10k")
+    facts = {"poses normalised over": protocol.normalize, "index": _INDEX.value}
+    index_evaluation.write(result, {**_about(model).facts, **facts}, out)
+    print(index_evaluation.summary(result))
+    print(f"table by scene: {out / 'scenes.csv'}")
+    if result.failed:
+        raise InputError(
+            f"{len(result.failed)} scenes could not be evaluated: {', '.join(result.failed)}; the "
+            f"reasons are above and in {out / 'metrics.json'}."
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; gives the function to call with (done, total)."""
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm.tqdm(desc="evaluating", unit=unit, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield progress
 
 
 def _default_inputs(config) -> int:

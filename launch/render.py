@@ -33,11 +33,19 @@ _SCENE = flags.DEFINE_string(
 _PATH = flags.DEFINE_string(
     "path",
     "spiral",
-    "Camera path: orbit, spiral, interpolate (through the scene's cameras in order), or a .json "
-    "file, a list of frames with world_from_cam (4x4, OpenCV axes) and optional fx fy cx cy.",
+    "Camera path: orbit, spiral, interpolate (a smooth path through the scene's cameras in order), "
+    "transitions (from each camera straight to the next, as in LVSM's videos), or a .json file, a "
+    "list of frames with world_from_cam (4x4, OpenCV axes) and optional fx fy cx cy.",
 )
-_LOOP = flags.DEFINE_bool("loop", False, "interpolate: go on from the last camera to the first.")
-_FRAMES = flags.DEFINE_integer("frames", 90, "Frames of the path (a .json file has its own).")
+_LOOP = flags.DEFINE_bool(
+    "loop", False, "interpolate, transitions: go on from the last camera to the first."
+)
+_FRAMES = flags.DEFINE_integer(
+    "frames",
+    90,
+    "Frames of the path, of transitions those of each one with both ends (a .json file has its "
+    "own).",
+)
 _FPS = flags.DEFINE_float("fps", 30.0, "Frames a second.")
 _SIZE = flags.DEFINE_string(
     "size",
@@ -89,11 +97,13 @@ def _path(cameras: Cameras) -> Cameras:
         return trajectories.from_json(_PATH.value, cameras)
     if _PATH.value == "interpolate":
         return trajectories.interpolate(cameras, _FRAMES.value, loop=_LOOP.value)
+    if _PATH.value == "transitions":
+        return trajectories.transitions(cameras, _FRAMES.value, loop=_LOOP.value)
     paths = {"orbit": trajectories.orbit, "spiral": trajectories.spiral}
     if _PATH.value not in paths:
         raise InputError(
-            f"--path={_PATH.value!r}: expected orbit, spiral, interpolate or a file that ends "
-            "in .json."
+            f"--path={_PATH.value!r}: expected orbit, spiral, interpolate, transitions or a file "
+            "that ends in .json."
         )
     return paths[_PATH.value](cameras, _FRAMES.value)
 

@@ -1,5 +1,6 @@
 """The only table from a system's name to its code."""
 
+from lvsm_jax import task as lvsm_task
 from quark_jax import task as quark_task
 
-TASKS = {"quark": quark_task.make}
+TASKS = {"lvsm": lvsm_task.make, "quark": quark_task.make}

@@ -14,6 +14,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+# Recorded numbers of the published code, where they lie beside the checkout.
+GOLDENS = ROOT.parent / "shared" / "goldens"
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

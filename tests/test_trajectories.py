@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from nvs_common import trajectories
+from nvs_common import quaternions, trajectories
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
 
@@ -182,10 +182,10 @@ def test_quaternions_and_rotations_are_inverse_at_every_angle():
     q[:5, 0] = 0  # turns of 180 degrees
     q[5] = (1, 0, 0, 0)
     q /= np.linalg.norm(q, axis=-1, keepdims=True)
-    r = trajectories.rotation(q)
-    again = trajectories.quaternion(r)
+    r = quaternions.to_rotation(q)
+    again = quaternions.from_rotation(r)
     np.testing.assert_allclose(np.abs(np.sum(q * again, axis=-1)), 1, atol=1e-9)
-    np.testing.assert_allclose(trajectories.rotation(again), r, atol=1e-9)
+    np.testing.assert_allclose(quaternions.to_rotation(again), r, atol=1e-9)
 
 
 def test_json_frames_give_poses_and_intrinsics(tmp_path):

@@ -100,15 +100,16 @@ def test_window_ends_are_context_and_its_length_is_within_the_range():
         choice = views.window(
             60, rng(seed), num_context=3, num_target=2, min_distance=10, max_distance=14
         )
-        lengths.add(int(choice.context[-1] - choice.context[0]))
-        assert choice.context[0] < choice.target.min() <= choice.target.max() < choice.context[-1]
-        assert 0 <= choice.context[0] and choice.context[-1] < 60
+        start, end, between = choice.context
+        lengths.add(int(end - start))
+        assert start < choice.target.min() <= choice.target.max() < end
+        assert 0 <= start < between < end < 60
     assert lengths == {10, 11, 12, 13, 14}
 
 
 def test_window_is_cut_to_a_short_video():
     choice = views.window(12, rng(), num_context=2, num_target=1, min_distance=5, max_distance=192)
-    assert choice.context[-1] - choice.context[0] <= 11
+    assert choice.context[1] - choice.context[0] <= 11
 
 
 def test_window_targets_may_repeat_context_only_when_asked():
@@ -119,6 +120,26 @@ def test_window_targets_may_repeat_context_only_when_asked():
         repeats += bool(set(choice.target.tolist()) & set(choice.context.tolist()))
         assert len(set(choice.target.tolist())) == 2
     assert repeats > 10
+
+
+def test_window_draws_six_of_its_eight_views_as_published():
+    counts = np.zeros(3)
+    for seed in range(400):
+        choice = views.window(
+            200,
+            rng(seed),
+            num_context=2,
+            num_target=6,
+            min_distance=25,
+            max_distance=192,
+            targets_may_be_context=True,
+        )
+        start, end = choice.context
+        assert 25 <= end - start <= 192 and len(set(choice.target.tolist())) == 6
+        assert start <= choice.target.min() and choice.target.max() <= end
+        counts[np.isin(choice.context, choice.target).sum()] += 1
+    # Hypergeometric: 6 of 8 views without replacement hold 1.5 of the two ends on average.
+    np.testing.assert_allclose(counts / 400, [1 / 28, 12 / 28, 15 / 28], atol=0.08)
 
 
 def test_every_eighth_view_is_held_out():

@@ -19,6 +19,8 @@ from nvs_common.types import Array, Cameras
 # Smallest z-depth that is divided by: points at or behind the camera plane project to a
 # far-away but finite pixel, so that gradients stay finite (they are masked by `valid`).
 MIN_DEPTH = 1e-4
+# Camera centres that differ by less than this part of their coordinates are at one place.
+SAME_PLACE = 1e-5
 
 
 def invert(rigid: Array) -> Array:
@@ -138,33 +140,48 @@ def plucker(cameras: Cameras) -> Array:
     return jnp.concatenate([jnp.cross(origins, directions), directions], axis=-1)
 
 
-def normalize_poses(world_from_cam: Array, scale: float = 1.35) -> Array:
+def normalize_poses(
+    world_from_cam: Array, scale: float = 1.35, *, reference: Array | None = None
+) -> Array:
     """Moves the average camera to the origin and bounds the translations.
 
     The average camera has the mean centre and the mean forward and down axes; translations
     are divided by scale times the largest absolute coordinate (LVSM's data preparation).
+    Cameras that all stand in one place have no extent: they come to the origin, and the scale
+    of the world stays. Where the mean axes vanish, those of the first camera take their place.
 
     Args:
       world_from_cam: [..., n, 4, 4].
       scale: factor on the largest absolute coordinate.
+      reference: [..., m, 4, 4] cameras that define the new frame and its scale; all n if None.
 
     Returns:
       [..., n, 4, 4] in the new world frame; the scale of depth changes with it.
     """
     chex.assert_shape(world_from_cam, (..., 4, 4))
-    mean = jnp.mean(world_from_cam, axis=-3)
-    forward = _unit(mean[..., :3, 2])
-    right = _unit(jnp.cross(mean[..., :3, 1], forward))
-    down = _unit(jnp.cross(forward, right))
+    reference = world_from_cam if reference is None else reference
+    from_world = invert(_average_pose(reference))[..., None, :, :]
+    extent = jnp.abs(compose(from_world, reference)[..., :3, 3])
+    extent = jnp.max(extent, axis=(-1, -2), keepdims=True)
+    # Below this the difference of equal float32 coordinates is rounding, not a baseline.
+    rounding = SAME_PLACE * jnp.max(jnp.abs(reference[..., :3, 3]), axis=(-1, -2), keepdims=True)
+    divisor = jnp.where(extent > rounding, extent * scale, 1.0)
+    moved = compose(from_world, world_from_cam)
+    return moved.at[..., :3, 3].set(moved[..., :3, 3] / divisor)
+
+
+def _average_pose(world_from_cam: Array) -> Array:
+    """The average [..., 4, 4] of poses [..., n, 4, 4]: mean centre, mean forward and down."""
+    mean, first = jnp.mean(world_from_cam, axis=-3), world_from_cam[..., 0, :, :]
+    forward = _unit(mean[..., :3, 2], first[..., :3, 2])
+    # Where the mean of the down axes is nothing, or lies along forward, another one serves.
+    fallback = _unit(jnp.cross(first[..., :3, 1], forward), first[..., :3, 0])
+    right = _unit(jnp.cross(mean[..., :3, 1], forward), fallback)
+    down = jnp.cross(forward, right)
+    down = down / jnp.linalg.norm(down, axis=-1, keepdims=True)
     top = jnp.stack([right, down, forward, mean[..., :3, 3]], axis=-1)
     bottom = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], top.dtype), top.shape[:-2] + (1, 4))
-    average = jnp.concatenate([top, bottom], axis=-2)
-    moved = compose(invert(average)[..., None, :, :], world_from_cam)
-    extent = jnp.max(jnp.abs(moved[..., :3, 3]), axis=(-1, -2), keepdims=True)
-    # A single camera, or cameras that share a centre, have no extent: leave their scale alone.
-    extent = jnp.where(extent > 0, extent * scale, 1.0)
-    translation = moved[..., :3, 3] / extent
-    return moved.at[..., :3, 3].set(translation)
+    return jnp.concatenate([top, bottom], axis=-2)
 
 
 def resize(cameras: Cameras, height: int, width: int) -> Cameras:
@@ -209,7 +226,10 @@ def interpolate(world_from_cam: Array, fraction: Array) -> Array:
     return jnp.concatenate([top, bottom], axis=-2)
 
 
-def _unit(x: Array) -> Array:
+def _unit(x: Array, fallback: Array) -> Array:
+    """Unit vectors [..., 3] along x, or along the fallback where x has no direction."""
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    x = jnp.where(length > 1e-6, x, fallback)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -195,7 +195,7 @@ def quick(task: Task, variables: Variables, source: Any, config) -> Evaluation:
         chosen = ((np.arange(count) + 0.5) * len(plan.targets) / count).astype(int)
         plan = plan._replace(targets=plan.targets[chosen], inputs=plan.inputs[chosen])
         for view in _views(task, variables, plan, chunk=1):
-            values.append(_scores(view.rendered.image, view.truth, protocol))
+            values.append(scores(view.rendered.image, view.truth, protocol))
             panel = _panel(view, "", "")
             parts = (panel.truth, panel.prediction, panel.error, panel.depth)
             name = f"scene_{number}_view_{view.index}"
@@ -204,6 +204,17 @@ def quick(task: Task, variables: Variables, source: Any, config) -> Evaluation:
         raise InputError("there is no held-out scene: set eval.num_scenes to 1 or more.")
     means = {key: float(np.mean([v[key] for v in values])) for key in ("psnr", "ssim_gaussian")}
     return Evaluation({"psnr": means["psnr"], "ssim": means["ssim_gaussian"]}, images)
+
+
+def scores(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> dict[str, float]:
+    """All metrics of one image [h, w, 3], after the protocol's border crop: name -> value."""
+    height, width = truth.shape[:2]
+    rows = slice(protocol.border, height - protocol.border)
+    columns = slice(protocol.border, width - protocol.border)
+    values = _compare(pred[rows, columns], truth[rows, columns])
+    if protocol.lpips is not None:
+        values["lpips"] = _lpips(protocol.lpips, pred[rows, columns], truth[rows, columns])
+    return {name: float(value) for name, value in values.items()}
 
 
 class _Plan(NamedTuple):
@@ -273,10 +284,10 @@ def _scene(
     lowest, highest = np.inf, -np.inf
     for view in _views(task, variables, plan, chunk):
         images = {MODEL: view.rendered.image, **_baselines(scene, view)}
-        scores = {name: _scores(image, view.truth, protocol) for name, image in images.items()}
+        by_method = {n: scores(image, view.truth, protocol) for n, image in images.items()}
         inputs = tuple(scene.names[i] for i in view.inputs)
-        name, psnr = scene.names[view.index], scores[MODEL]["psnr"]
-        results.append(ViewResult(name, view.index, inputs, scores, view.rendered.seconds))
+        name, psnr = scene.names[view.index], by_method[MODEL]["psnr"]
+        results.append(ViewResult(name, view.index, inputs, by_method, view.rendered.seconds))
         if psnr < lowest:
             worst, lowest = _panel(view, name, "worst"), psnr
         if psnr > highest:
@@ -308,17 +319,6 @@ def _baselines(scene: Any, view: _View) -> dict[str, np.ndarray]:
         baselines.nearest_view(context, target),
     )
     return {name: np.asarray(image) for name, image in zip(BASELINES, images, strict=True)}
-
-
-def _scores(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> dict[str, float]:
-    """All metrics of one image, after the border crop."""
-    height, width = truth.shape[:2]
-    rows = slice(protocol.border, height - protocol.border)
-    columns = slice(protocol.border, width - protocol.border)
-    values = _compare(pred[rows, columns], truth[rows, columns])
-    if protocol.lpips is not None:
-        values["lpips"] = _lpips(protocol.lpips, pred[rows, columns], truth[rows, columns])
-    return {name: float(value) for name, value in values.items()}
 
 
 @jax.jit

@@ -16,6 +16,24 @@ def scaled_init(scale: float):
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
 
 
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """Divides x [..., c] by its root mean square over c and multiplies by scale [c]; float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.einsum("...c,...c->...", wide, wide, precision="highest")
+    square = total[..., None] / x.shape[-1]
+    inverse = jax.lax.rsqrt(square + epsilon)
+    return wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def layer_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """Standardises x [..., c] over c and multiplies by scale [c]; float32, without a bias."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    return centred * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square over channels and multiplies by a learned scale.
 
@@ -28,12 +46,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        total = jnp.einsum("...c,...c->...", wide, wide, precision="highest")
-        square = total[..., None] / x.shape[-1]
-        inverse = jax.lax.rsqrt(square + self.epsilon)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        return (wide * inverse * scale.reshape(shape)).astype(self.dtype)
+        return rms_norm(x, scale, self.epsilon).astype(self.dtype)
 
 
 class ConvBlock(nn.Module):

@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
             "loss.lpips_weight to 0."
         )
     path = pathlib.Path(path)
-    return from_arrays(_read(path), str(path))
+    return from_arrays(read_arrays(path, "LPIPS"), str(path))
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
@@ -204,6 +204,32 @@ def lpips(params: Mapping[str, Any], pred: Array, truth: Array) -> Array:
     return total.reshape(lead)
 
 
+def read_arrays(path: pathlib.Path, what: str) -> dict[str, np.ndarray]:
+    """Arrays of an .npz (without pickles) or a .safetensors file; `what` is for messages.
+
+    Raises:
+      InputError: no such file, another kind of file, or one that cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such {what} weights file; give an .npz or .safetensors.")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
+        if path.suffix == ".safetensors":
+            # Imported where it is used: importing a model must not load file readers.
+            import safetensors
+            import safetensors.numpy
+
+            try:
+                return safetensors.numpy.load_file(path)
+            except safetensors.SafetensorError as error:
+                raise ValueError(str(error)) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as {what} weights: {error}") from error
+    raise InputError(f"{path}: {what} weights must be an .npz or .safetensors file.")
+
+
 def _unit(x: Array) -> Array:
     """Divides features [..., c] by their length plus 1e-10, as the lpips package does."""
     # The floor keeps the gradient of the square root finite where all features are zero.
@@ -225,25 +251,3 @@ def _expected_shapes(kernel: int) -> dict[str, tuple[int, ...]]:
         if layer.level is not None:
             shapes[f"lin{layer.level}"] = (layer.channels_out,)
     return shapes
-
-
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Arrays of an .npz (without pickles) or a .safetensors file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such LPIPS weights file; give an .npz or .safetensors.")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        if path.suffix == ".safetensors":
-            # Imported where it is used: importing a model must not load file readers.
-            import safetensors
-            import safetensors.numpy
-
-            try:
-                return safetensors.numpy.load_file(path)
-            except safetensors.SafetensorError as error:
-                raise ValueError(str(error)) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read as LPIPS weights: {error}") from error
-    raise InputError(f"{path}: LPIPS weights must be an .npz or .safetensors file.")

@@ -26,6 +26,8 @@ _SHOWN = {
     "steps_per_second": "{:.3g} steps/s",
     "examples_per_second": "{:.3g} examples/s",
 }
+# Metrics of single steps that are counted, not averaged.
+_SUMMED = ("skipped", "bad_data", "large_gradient")
 
 
 class Clock:
@@ -157,14 +159,15 @@ def average(window: list[dict[str, Any]]) -> dict[str, float]:
 
     Args:
       window: metrics of each step, scalars on the device; "skipped" is 1 for a skipped step,
-        "bad_data" 1 if its batch held values that are not finite (both are summed up), and
-        "skipped_*" count on from step to step.
+        "bad_data" 1 if its batch held values that are not finite, "large_gradient" 1 if its
+        gradient was finite but too large (all three are summed up), and "skipped_*" count on
+        from step to step.
     """
     window = jax.device_get(window)
     kept = [m for m in window if not m["skipped"]]
     means = {k: float(np.mean([m[k] for m in kept])) if kept else math.nan for k in window[-1]}
     counters = {k: float(v) for k, v in window[-1].items() if k.startswith("skipped_")}
-    sums = {k: float(sum(m[k] for m in window)) for k in ("skipped", "bad_data")}
+    sums = {k: float(sum(m[k] for m in window)) for k in _SUMMED}
     return means | sums | counters
 
 

@@ -84,14 +84,14 @@ def fit(
 
     Raises:
       InputError: the config does not fit the devices, the data or the checkpoint in workdir, or
-        more than max_skipped steps in a row were not finite.
+        more than max_skipped steps in a row were skipped.
       Preempted: SIGTERM arrived; a checkpoint was saved.
     """
     workdir = pathlib.Path(workdir).absolute()
     runs.check_agreement(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     training_step.check_batch(config, mesh)
-    tx = optim.make(config)
+    tx = optim.make(config, task.param_axes)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stopping.Stop(config.stop_after_minutes))
@@ -282,17 +282,18 @@ class _Loop:
         if values["skipped"]:
             _log.warning(
                 "up to step %d: %d steps skipped because loss or gradient was not finite (%d of "
-                "them with such values in the data)",
+                "them with such values in the data) or the gradient above optim.skip_norm (%d)",
                 step,
                 values["skipped"],
                 values["bad_data"],
+                values["large_gradient"],
             )
         in_row = int(values["skipped_in_row"])
         if in_row > self.config.max_skipped:
             raise errors.InputError(
                 f"the last {in_row} steps up to {step} had a loss or gradient that is not finite "
-                f"(max_skipped={self.config.max_skipped}); lower config.optim.learning_rate or "
-                "look at the data; the checkpoints are untouched."
+                f"or above optim.skip_norm (max_skipped={self.config.max_skipped}); lower "
+                "config.optim.learning_rate or look at the data; the checkpoints are untouched."
             )
 
     def _trace(self, step: int | None, state: State) -> None:

@@ -29,7 +29,7 @@ class State:
       opt_state: state of the optimiser, laid out as the parameters.
       ema_params: moving average of the parameters, or None.
       collections: non-trained collections of the model; {} for none.
-      skipped: number of steps skipped because loss or gradient was not finite.
+      skipped: number of steps skipped: loss or gradient not finite, or the gradient too large.
       skipped_in_row: how many of them were the latest ones.
     """
 
@@ -129,23 +129,26 @@ def make_step(task: Task, tx: optax.GradientTransformation, config: runs.Config)
     """The function (state, batch) -> (state, metrics) of one step, to be jitted.
 
     The gradient is the mean over `config.accumulate` microbatches. A step whose loss or gradient
-    is not finite changes nothing but the counters. Randomness depends on (seed, step) alone.
+    is not finite, or whose gradient is larger than `config.optim.skip_norm`, changes nothing but
+    the counters, and the schedule where it counts steps. Randomness depends on (seed, step) alone.
 
     Args:
       task: the system.
       tx: the optimiser.
       config: reads seed, accumulate, ema and optim.
     """
-    rate = optim.schedule(config)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(_keys(config)[1], state.step)
         (loss, aux), grads = _gradient(task, state, batch, key, config.accumulate)
+        grads = optim.handle_nonfinite(grads, config)
         norm = optax.tree.norm(grads)
-        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        fine = finite & optim.acceptable(norm, config)
         moved = _update(state, tx, grads, aux.collections, config.ema)
+        still = dataclasses.replace(state, opt_state=optim.without_update(state.opt_state, config))
         # Selected leaf by leaf: what a bad gradient made of the new values is never looked at.
-        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), moved, state)
+        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), moved, still)
         bad = 1 - fine.astype(jnp.int32)
         new = dataclasses.replace(
             kept,
@@ -156,12 +159,13 @@ def make_step(task: Task, tx: optax.GradientTransformation, config: runs.Config)
         metrics = aux.metrics | {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": rate(state.step - state.skipped),
+            "learning_rate": optim.scheduled(state.step, state.skipped, config),
             "skipped": bad,
             "skipped_total": new.skipped,
             "skipped_in_row": new.skipped_in_row,
             # Tells bad data from a diverged model.
             "bad_data": bad * (1 - _finite(batch)),
+            "large_gradient": bad * finite.astype(jnp.int32),
         }
         return new, metrics
 

@@ -13,6 +13,7 @@ import pathlib
 
 import numpy as np
 
+from nvs_common import quaternions
 from nvs_common.data import scene_files, views
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
@@ -115,28 +116,70 @@ def interpolate(cameras: Cameras, num_frames: int, *, loop: bool = False) -> Cam
     if len(poses) < 2:
         raise InputError("interpolate: the scene has 1 camera, but 2 or more are needed.")
     keys = np.concatenate([poses[:, :3, 3], np.asarray(cameras.intrinsics, np.float64)], axis=-1)
-    quaternions = quaternion(poses[:, :3, :3])
+    turns = quaternions.from_rotation(poses[:, :3, :3])
     if loop:
         order = np.arange(-1, len(poses) + 2) % len(poses)
-        keys, quaternions = keys[order], quaternions[order]
+        keys, turns = keys[order], turns[order]
         place = np.arange(num_frames) / num_frames
     else:
         # Straight on before the first and after the last camera.
         keys = np.concatenate([2 * keys[:1] - keys[1:2], keys, 2 * keys[-1:] - keys[-2:-1]])
-        ends = [_slerp(quaternions[a], quaternions[b], 2.0) for a, b in ((1, 0), (-2, -1))]
-        quaternions = np.concatenate([ends[0][None], quaternions, ends[1][None]])
+        ends = [quaternions.slerp(turns[a], turns[b], 2.0) for a, b in ((1, 0), (-2, -1))]
+        turns = np.concatenate([ends[0][None], turns, ends[1][None]])
         place = np.arange(num_frames) / max(num_frames - 1, 1)
-    quaternions = _continuous(quaternions)
-    knots = _knots(keys[:, :3], quaternions)
+    turns = quaternions.continuous(turns)
+    knots = _knots(keys[:, :3], turns)
     time = knots[1] + place * (knots[-2] - knots[1])
     segment = np.clip(np.searchsorted(knots, time, side="right") - 1, 1, len(knots) - 3)
     moments = list(zip(segment, time, strict=True))
     curve = np.stack([_catmull_rom(keys, knots, s, t, _lerp) for s, t in moments])
-    turned = [_catmull_rom(quaternions, knots, s, t, _slerp) for s, t in moments]
+    turned = [_catmull_rom(turns, knots, s, t, quaternions.slerp) for s, t in moments]
     path = np.tile(np.eye(4), (num_frames, 1, 1))
-    path[:, :3, :3] = rotation(np.stack(turned))
+    path[:, :3, :3] = quaternions.to_rotation(np.stack(turned))
     path[:, :3, 3] = curve[:, :3]
     return _cameras(cameras, path, curve[:, 3:])
+
+
+def transitions(
+    cameras: Cameras, num_frames: int, *, loop: bool = False, ordered: bool = False
+) -> Cameras:
+    """From each camera straight to the next: what LVSM's videos show between their inputs.
+
+    Centres and intrinsics go along a line, rotations along the shorter arc, at a constant pace
+    in each transition. Every transition holds the frames at both of its ends, so that the frame
+    where two of them meet comes twice, as published.
+
+    Args:
+      cameras: [n] of the inputs, n >= 2.
+      num_frames: of each transition, 2 or more.
+      loop: go on from the last camera to the first.
+      ordered: go from the first camera always to the nearest that was not visited yet.
+
+    Returns:
+      Cameras [(n - 1) * num_frames], with `loop` n * num_frames.
+
+    Raises:
+      InputError: fewer than two cameras or frames.
+    """
+    count = len(views.centers(cameras))
+    if count < 2 or num_frames < 2:
+        raise InputError(
+            f"transitions: {count} cameras and {num_frames} frames a transition, but 2 or more "
+            "of both are needed."
+        )
+    cameras = cameras[_greedy_order(views.centers(cameras))] if ordered else cameras
+    order = np.append(np.arange(count), 0) if loop else np.arange(count)
+    poses, intrinsics = (
+        np.asarray(x, np.float64)[order] for x in (cameras.world_from_cam, cameras.intrinsics)
+    )
+    turns, fractions = quaternions.from_rotation(poses[:, :3, :3]), np.linspace(0, 1, num_frames)
+    steps = [(k, fraction) for k in range(len(order) - 1) for fraction in fractions]
+    path = np.tile(np.eye(4), (len(steps), 1, 1))
+    turned = np.stack([quaternions.slerp(turns[k], turns[k + 1], f) for k, f in steps])
+    path[:, :3, :3] = quaternions.to_rotation(turned)
+    path[:, :3, 3] = [_lerp(poses[k, :3, 3], poses[k + 1, :3, 3], f) for k, f in steps]
+    k_path = np.stack([_lerp(intrinsics[k], intrinsics[k + 1], f) for k, f in steps])
+    return _cameras(cameras, path, k_path)
 
 
 def from_json(path: str | os.PathLike[str], cameras: Cameras) -> Cameras:
@@ -223,37 +266,20 @@ def look_at_point(cameras: Cameras) -> np.ndarray | None:
     return point if before.mean() > 0.9 else None
 
 
-def quaternion(rotations: np.ndarray) -> np.ndarray:
-    """Unit quaternions [..., 4] (w, x, y, z) of rotations [..., 3, 3]."""
-    r = rotations
-    trace = np.trace(r, axis1=-2, axis2=-1)
-    # The matrix whose largest eigenvector is the quaternion: safe at every angle.
-    k = np.empty((*r.shape[:-2], 4, 4))
-    k[..., 0, 0] = trace
-    skew = np.stack(
-        [r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], -1
-    )
-    k[..., 0, 1:] = k[..., 1:, 0] = skew
-    k[..., 1:, 1:] = r + np.swapaxes(r, -1, -2) - trace[..., None, None] * np.eye(3)
-    return np.linalg.eigh(k)[1][..., -1]
-
-
-def rotation(quaternions: np.ndarray) -> np.ndarray:
-    """Rotations [..., 3, 3] of unit quaternions [..., 4] (w, x, y, z)."""
-    w, x, y, z = np.moveaxis(quaternions, -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
-
-
 def _check(cameras: Cameras, num_frames: int) -> None:
     if num_frames < 1:
         raise InputError(f"frames={num_frames}: a path has 1 frame or more.")
     if len(views.centers(cameras)) == 0:
         raise InputError("the scene has no cameras to lead a path through.")
+
+
+def _greedy_order(centres: np.ndarray) -> np.ndarray:
+    """Indices [n] from the first centre always to the nearest that is left."""
+    order, left = [0], list(range(1, len(centres)))
+    while left:
+        distance = np.linalg.norm(centres[left] - centres[order[-1]], axis=-1)
+        order.append(left.pop(int(np.argmin(distance))))
+    return np.array(order)
 
 
 def _frame_pose(frame: dict, where: str) -> np.ndarray:
@@ -344,28 +370,10 @@ def _lerp(a: np.ndarray, b: np.ndarray, fraction: float) -> np.ndarray:
     return a + fraction * (b - a)
 
 
-def _slerp(a: np.ndarray, b: np.ndarray, fraction: float) -> np.ndarray:
-    """Along the shorter arc between unit quaternions [4]; fractions outside [0, 1] go on."""
-    cosine = a @ b
-    if cosine < 0:
-        b, cosine = -b, -cosine
-    angle = np.arctan2(np.linalg.norm(b - cosine * a), cosine)
-    if angle < 1e-9:
-        return a
-    return (np.sin((1 - fraction) * angle) * a + np.sin(fraction * angle) * b) / np.sin(angle)
-
-
-def _continuous(quaternions: np.ndarray) -> np.ndarray:
-    """The same rotations with signs such that neighbours are on the same side."""
-    signs = np.sign(np.sum(quaternions[1:] * quaternions[:-1], axis=-1))
-    signs = np.concatenate([[1.0], np.where(signs == 0, 1.0, signs)])
-    return quaternions * np.cumprod(signs)[:, None]
-
-
-def _knots(centres: np.ndarray, quaternions: np.ndarray) -> np.ndarray:
+def _knots(centres: np.ndarray, turns: np.ndarray) -> np.ndarray:
     """Times [n] at which a steady traveller passes keys: distance and angle, both to scale."""
     distance = np.linalg.norm(np.diff(centres, axis=0), axis=-1)
-    cosine = np.abs(np.sum(quaternions[1:] * quaternions[:-1], axis=-1))
+    cosine = np.abs(np.sum(turns[1:] * turns[:-1], axis=-1))
     angle = 2 * np.arccos(np.clip(cosine, 0.0, 1.0))
     steps = sum(x / x.mean() if x.mean() > 1e-9 else np.zeros_like(x) for x in (distance, angle))
     # Keys at one place still take a moment each: equal knots would divide by zero.
@@ -376,7 +384,7 @@ def _catmull_rom(keys: np.ndarray, knots: np.ndarray, segment: int, time: float,
     """The curve through keys at a time in [knots[segment], knots[segment + 1]].
 
     Barry and Goldman's pyramid of two-point interpolations (SIGGRAPH 1988), so that the same
-    code serves vectors (`_lerp`) and quaternions (`_slerp`).
+    code serves vectors (`_lerp`) and quaternions (`slerp`).
     """
     k = knots[segment - 1 : segment + 3]
     level = list(keys[segment - 1 : segment + 3])

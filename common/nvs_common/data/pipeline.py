@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,7 +23,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -82,7 +83,10 @@ def training_batches(
     views = rows * (sampler.num_context + sampler.num_target)
     batch_bytes = views * first.height * first.width * 3 * np.dtype(np.float32).itemsize
     workers = config.data.workers if _fits_shared_memory(config.data.workers, batch_bytes) else 0
-    return BatchIterator(sequence, config.batch_size, shard, workers)
+    sizes = functools.partial(samples.DrawContextSize, config.seed, sampler.min_context)
+    return BatchIterator(
+        sequence, config.batch_size, shard, workers, sizes if sampler.min_context else None
+    )
 
 
 def sample_sequence(source: Any, sampler: samples.Sampler, seed: int) -> grain.MapDataset:
@@ -97,6 +101,7 @@ def sample_sequence(source: Any, sampler: samples.Sampler, seed: int) -> grain.M
     for number, part in enumerate(source.parts):
         if len(part) == 0:
             raise InputError(f"Source {number} of data.source has no scene.")
+        part = sampler.usable(part)
         sampler.check(part)
         chain = grain.MapDataset.range(len(part)).seed(_fold(seed, number)).shuffle()
         sequences.append(chain.repeat().random_map(samples.DrawSample(part, sampler)))
@@ -128,11 +133,13 @@ class BatchIterator(Iterator[Batch]):
         batch_size: int,
         shard: grain.sharding.ShardOptions,
         workers: int,
+        sizes: Callable[[int], samples.DrawContextSize] | None = None,
     ):
         self._sequence = sequence
         self._batch_size = batch_size
         self._shard = shard
         self._workers = workers
+        self._sizes = sizes
         self._step = 0
         self._chain: Any = None
         _iterators.add(self)
@@ -175,6 +182,8 @@ class BatchIterator(Iterator[Batch]):
         rows = self._sequence.slice(slice(first, first + _ENDLESS, self._shard.shard_count))
         # Batched here, before workers: whole batches are handed out, in order.
         batches = rows.batch(self._batch_size // self._shard.shard_count, batch_fn=samples.stack)
+        if self._sizes is not None:
+            batches = batches.map_with_index(self._sizes(self._step))
         if not self._workers:
             reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
             return iter(batches.to_iter_dataset(reading))

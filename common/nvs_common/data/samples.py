@@ -28,6 +28,10 @@ class Sampler:
       min_distance: least frame distance of "window".
       max_distance: greatest frame distance of "window".
       targets_may_be_context: of "window".
+      min_context: with 1 or more, every batch has a number of context views drawn from
+        [min_context, num_context], the same for all of its scenes; 0: always num_context.
+      skip_short_scenes: leave out a folder's scenes with too few views, which are an error
+        otherwise.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
       max_bad_scenes: how many scenes whose images turn out to be unreadable one process may
@@ -41,6 +45,8 @@ class Sampler:
     min_distance: int = 25
     max_distance: int = 192
     targets_may_be_context: bool = False
+    min_context: int = 0
+    skip_short_scenes: bool = False
     hold_out_every: int = 8
     with_depth: bool = False
     max_bad_scenes: int = 0
@@ -60,6 +66,12 @@ class Sampler:
         if self.choice not in ("nearest_random", "window", "random"):
             raise InputError(
                 f"data.choice={self.choice!r} is none of 'nearest_random', 'window', 'random'."
+            )
+        fewest = 2 if self.choice == "window" else 1
+        if self.min_context and not fewest <= self.min_context <= self.num_context:
+            raise InputError(
+                f"data.min_context={self.min_context}: expected 0 (off) or a number from {fewest} "
+                f"to data.num_context={self.num_context}."
             )
 
     def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
@@ -91,6 +103,28 @@ class Sampler:
         else:
             drawn = views.random(len(allowed), rng, name=name, **counts)
         return views.Choice(allowed[drawn.context], allowed[drawn.target])
+
+    def usable(self, source: Any) -> Any:
+        """The source, with `skip_short_scenes` without a folder's scenes that are too small.
+
+        Where all are, it stays as it is: `check` then says what is too small for what.
+        """
+        if not self.skip_short_scenes or not isinstance(source, sources.FolderScenes):
+            return source
+        needed = self.num_context + self.num_target
+        if self.choice == "window":
+            needed = views.shortest_window(self.num_context, self.num_target, self.min_distance)
+        sizes = [len(self.allowed(scene, folder=True)) for scene in source.scenes]
+        large = [s for s, size in zip(source.scenes, sizes, strict=True) if size >= needed]
+        if not large or len(large) == len(source):
+            return source
+        logging.warning(
+            "Leaving out %d of %d scenes with fewer than %d views (data.skip_short_scenes).",
+            len(source) - len(large),
+            len(source),
+            needed,
+        )
+        return dataclasses.replace(source, scenes=tuple(large))
 
     def check(self, source: Any) -> None:
         """Tries the choice on every scene of a folder, on cameras only, before training starts.
@@ -147,6 +181,24 @@ class DrawSample:
         raise InputError(
             f"No scene could be read of {len(self._source)}; the last one is {scene.source}."
         )
+
+
+class DrawContextSize:
+    """Step and batch -> the batch with the number of context views of that step.
+
+    The number depends on (seed, step) alone; the first views stay, which are the ends of a
+    `views.window`. A training step is compiled once for each number.
+    """
+
+    def __init__(self, seed: int, least: int, first_step: int):
+        self._seed, self._least, self._first_step = seed, least, first_step
+
+    def __call__(self, index: int, batch: Batch) -> Batch:
+        most = batch.context.images.shape[1]
+        rng = np.random.default_rng([self._seed, self._first_step + int(index)])
+        count = int(rng.integers(self._least, most + 1))
+        images, cameras = batch.context.images[:, :count], batch.context.cameras[:, :count]
+        return dataclasses.replace(batch, context=Views(images, cameras))
 
 
 def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:

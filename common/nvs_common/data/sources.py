@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from nvs_common.data import procedural, scenes
@@ -63,6 +64,45 @@ class Mixture:
                 return part[index]
             index -= len(part)
         raise IndexError(index)
+
+
+class Kept:
+    """A source whose scenes and images stay in memory once they were made.
+
+    For a procedural world of few scenes that training visits many times: then it waits for no
+    rendering after the first visit. Every worker process keeps its own.
+    """
+
+    def __init__(self, source: Any):
+        self._source = source
+        self._scenes: dict[int, KeptScene] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> KeptScene:
+        index = int(index)
+        if index not in self._scenes:
+            self._scenes[index] = KeptScene(self._source[index])
+        return self._scenes[index]
+
+
+class KeptScene:
+    """A scene of `Kept`: what the other scene has, and its images so far."""
+
+    def __init__(self, scene: Any):
+        self._scene = scene
+        self._images: dict[int, np.ndarray] = {}
+        self.cameras, self.names = scene.cameras, scene.names
+        self.source, self.bounds, self.depths = scene.source, scene.bounds, scene.depths
+
+    def images(self, indices: Any) -> np.ndarray:
+        """Images [k, h, w, 3] float32."""
+        missing = [int(i) for i in indices if int(i) not in self._images]
+        if missing:
+            made = self._scene.images(missing)
+            self._images.update(zip(missing, made, strict=True))
+        return np.stack([self._images[int(i)] for i in indices])
 
 
 def make_source(config) -> Any:
@@ -134,7 +174,10 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     parts = []
     for name, _ in named:
         if name == "procedural":
-            parts.append(world(config, seed, num_scenes, augment=seed != HELD_OUT_SEED))
+            training = seed != HELD_OUT_SEED
+            made = world(config, seed, num_scenes, augment=training)
+            keep = training and config.data.get("keep_in_memory", False)
+            parts.append(Kept(made) if keep else made)
         else:
             size = (config.data.height, config.data.width)
             parts.append(load_folder(name, size=size, max_bad=max_bad))
@@ -151,7 +194,7 @@ def world(
     *,
     augment: bool = False,
 ) -> procedural.World:
-    """The procedural world of a config: its views a scene, baselines and, by default, size.
+    """The procedural world of a config: its views a scene, baselines, rigs and, by default, size.
 
     With `augment`, which training asks for, also the config's sensor noise and exposure jitter.
     """
@@ -164,6 +207,7 @@ def world(
         width=width,
         num_views=config.data.views_per_scene,
         baseline=tuple(config.data.get("baseline", procedural.World.baseline)),
+        rigs=tuple(config.data.get("rigs", procedural.World.rigs)),
         **{name: config.data.get(name, 0.0) for name in names},
     )
 

@@ -141,8 +141,8 @@ def window(
     """Views from a random stretch of a video (LVSM's choice on RealEstate10K).
 
     The stretch's length in frames is uniform in [min_distance, max_distance], cut to what the
-    video has. Its two ends and random frames between them are drawn; the context is the two ends
-    and then random ones.
+    video has. Its two ends and different random frames between them are drawn; the context is the
+    two ends and then random ones.
 
     Args:
       num_views: n; view i is frame i of the video.
@@ -151,18 +151,19 @@ def window(
       num_target: t.
       min_distance: least number of frames between the first and the last view.
       max_distance: greatest such number.
-      targets_may_be_context: draw targets among all drawn views instead of the new ones only.
+      targets_may_be_context: draw targets among all drawn views instead of the new ones only
+        (LVSM's `target_has_input`).
       name: the scene's name, for the error.
 
     Returns:
-      Sorted indices within context and within target.
+      Context: first view, last view, then random ones; targets in the order of the video.
 
     Raises:
       InputError: the video is shorter than the stretch needs.
     """
     # Without overlap every context and target view is a different frame of the stretch.
     distinct = num_context + num_target
-    shortest = max(min_distance, distinct - 1)
+    shortest = shortest_window(num_context, num_target, min_distance) - 1
     if not 0 < min_distance <= max_distance or shortest > max_distance:
         raise InputError(
             f"data.min_distance={min_distance} and data.max_distance={max_distance} leave no "
@@ -184,7 +185,12 @@ def window(
     target = between[num_context - 2 :]
     if targets_may_be_context:
         target = rng.permutation(np.concatenate([context, target]))[:num_target]
-    return Choice(np.sort(context), np.sort(target))
+    return Choice(context, np.sort(target))
+
+
+def shortest_window(num_context: int, num_target: int, min_distance: int) -> int:
+    """How many views a video needs for `window`."""
+    return max(min_distance, num_context + num_target - 1) + 1
 
 
 def random(
