@@ -36,6 +36,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "mesh": ["scikit-image", "trimesh"],
         "viewer": ["viser>=1.0"],
         "test": ["pytest", "scikit-image", "build", "setuptools>=69", "wheel"],
         "dev": ["ruff", "pyright[nodejs]"],

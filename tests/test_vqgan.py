@@ -11,11 +11,11 @@ import pytest
 
 from nvs_common import errors, sharding
 from tests import conftest
+from tests.small_vqgan import SMALL
 from vqnerf_jax import VQGAN, codes, load_vqgan, vqgan, vqgan_to_torch
 
 FILE = conftest.GOLDENS / "vq" / "vqmodel_mini_f4.npz"
 recorded = pytest.mark.skipif(not FILE.is_file(), reason="no recorded numbers beside this")
-SMALL = dict(channels=(4, 8), blocks=1, latent_channels=3, num_codes=7, code_width=5, groups=2)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ All are called as `quantizer(z, train=...)` on [..., d] and return `codes.Quanti
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -141,7 +142,9 @@ class Codebook(nn.Module):
         self.state.value = jax.lax.cond(state.steps == 0, first, lambda: state)
 
     def _learn(self, flat: Array, indices: Array) -> None:
-        shared = dict(decay=self.decay, debias=self.debias, axis_name=self.axis_name)
+        shared: dict[str, Any] = dict(
+            decay=self.decay, debias=self.debias, axis_name=self.axis_name
+        )
         state = code_statistics.update(
             self.state.value,
             flat,

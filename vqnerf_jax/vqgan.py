@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nvs_common.attention import attention
 from nvs_common.errors import InputError
-from nvs_common.types import Array
+from nvs_common.types import Array, Names
 from vqnerf_jax import codebook, codes
 
 EPSILON = 1e-6
@@ -322,9 +322,17 @@ def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
     )
 
 
+def param_axes(module: VQGAN) -> dict[str, Names]:
+    """Logical axes of a VQGAN's parameters: the rows of PARAM_AXES that it has."""
+    attends = module.mid_attention or module.encoder_attention or module.decoder_attention
+    has_codes = module.quantizer == "vq" and module.update == "gradient"
+    left_out = (() if has_codes else ("codebook",)) + (() if attends else (".*/attention",))
+    return {row: names for row, names in PARAM_AXES.items() if not row.startswith(left_out)}
+
+
 PARAM_AXES = {
     r"codebook/embedding": ("codes", None),
-    r".*/(bias|scale)": (None,),
+    r"(.*/)?(bias|scale)": (None,),
     r"(.*/)?(conv_in|conv_out|conv1|conv2|down_\d|up_\d|shortcut|.*quant_conv)/kernel": (
         None,
         None,

@@ -194,7 +194,7 @@ def _module(found: Mapping[str, np.ndarray], name: str, given: Mapping[str, Any]
             lambda i: f"decoder.up_blocks.{levels - 1 - i}",
         )
     ]
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         channels=tuple(shape(key)[0] for key in keys),
         blocks=count(r"encoder\.down_blocks\.0\.resnets\.(\d{1,2})\."),
         latent_channels=shape("encoder.conv_out.weight")[0],
@@ -252,7 +252,8 @@ def _table(module: vqgan.VQGAN) -> dict[str, tuple[str, tuple[int, ...]]]:
     image = jax.ShapeDtypeStruct((1, module.factor, module.factor, module.in_channels), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     levels, table = len(module.channels), {}
-    for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+    flat: Mapping[str, Any] = flax.traverse_util.flatten_dict(shapes, sep="/")
+    for path, leaf in flat.items():
         key = re.sub(
             r"^decoder/(level|up)_(\d+)/",
             lambda m: (
