@@ -2,5 +2,6 @@
 
 from lvsm_jax import task as lvsm_task
 from quark_jax import task as quark_task
+from vqnerf_jax import task as vqnerf_task
 
-TASKS = {"lvsm": lvsm_task.make, "quark": quark_task.make}
+TASKS = {"lvsm": lvsm_task.make, "quark": quark_task.make, "vqnerf": vqnerf_task.make}
