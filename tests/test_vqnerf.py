@@ -176,6 +176,7 @@ def test_the_decoder_learns_as_far_as_it_is_said(decoder):
     assert jnp.all(gradients["empty"] == 1)
 
 
+@pytest.mark.slow
 def test_views_are_rendered_at_full_size_by_both_ways():
     params = random_params(small())
     targets = jax.tree.map(lambda x: x[None], orbit(2))
@@ -219,6 +220,7 @@ def test_cameras_inside_the_object_and_diverged_fields_are_named():
         inspection.check_cameras(ours, params, orbit(2), names)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_gradient_of_one():
     params, data = random_params(small()), batch()
     _, wanted = loss_and_gradient(5, params, data)
