@@ -7,7 +7,7 @@ SYSTEMS = ["quark_jax*", "lvsm_jax*", "vqnerf_jax*", "depth_decoder_jax*"]
 setup(
     name="viewsynth-jax",
     version="0.1.0",
-    description="Neural view synthesis in JAX: Quark, LVSM and more on shared cameras and training.",
+    description="Neural view synthesis in JAX: Quark, LVSM and more on shared cameras.",
     license="Apache-2.0",
     # common/ is a source root: it holds nvs_common, so no one imports `common`.
     package_dir={"nvs_common": "common/nvs_common"},

@@ -225,7 +225,7 @@ def load_clip(
     shapes = jax.eval_shape(
         module.init, jax.random.key(0), jnp.zeros((1, module.size, module.size, 3))
     )
-    flat: Mapping[str, Any] = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+    flat: Any = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
     named = {_ours(key): key for key in found}
     arrays = {path: _from_torch(found[key], path) for path, key in named.items()}
     state_dicts.check(arrays, {path: x.shape for path, x in flat.items()}, name, KIND)

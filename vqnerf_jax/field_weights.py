@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -230,12 +230,12 @@ def _count(found: Mapping[str, np.ndarray], pattern: str) -> int:
     return max((int(match[1]) + 1 for match in numbers if match), default=0)
 
 
-def _table(module: field.SDFField) -> dict[str, tuple[str, Sequence[int]]]:
+def _table(module: field.SDFField) -> dict[str, tuple[str, tuple[int, ...]]]:
     """ "network.array", with our name of the network -> our path and the shape there."""
     ray = jax.ShapeDtypeStruct((1, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ray, ray)["params"]
     table = {}
-    flat: Mapping[str, Any] = flax.traverse_util.flatten_dict(shapes, sep="/")
+    flat: Any = flax.traverse_util.flatten_dict(shapes, sep="/")
     for path, leaf in flat.items():
         network, _, rest = path.partition("/")
         layer, _, kind = rest.partition("/")

@@ -78,7 +78,7 @@ def extract(
     return _merged(np.concatenate(vertices), np.concatenate(faces), corner, step)
 
 
-def in_world(mesh: Mesh, center: tuple[float, float, float], radius: float) -> Mesh:
+def in_world(mesh: Mesh, center: tuple[float, ...], radius: float) -> Mesh:
     """A mesh of the unit sphere's frame in world units, where the sphere has this centre and
     radius (NeuS: the last column and the first entry of scale_mat)."""
     return Mesh(mesh.vertices * radius + np.asarray(center, np.float64), mesh.faces)

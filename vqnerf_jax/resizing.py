@@ -35,7 +35,8 @@ def resize(images: Array, height: int, width: int, method: str = "bicubic_antial
         return jnp.einsum("wj,...hjc->...hwc", columns, images, precision="highest")
     kind, _, antialias = method.partition("_")
     shape = (*images.shape[:-3], height, width, images.shape[-1])
-    return jax.image.resize(images, shape, kind, antialias=bool(antialias), precision="highest")
+    highest = jax.lax.Precision.HIGHEST
+    return jax.image.resize(images, shape, kind, antialias=bool(antialias), precision=highest)
 
 
 def _cubic_matrix(source: int, target: int) -> np.ndarray:

@@ -84,8 +84,8 @@ def make_model(fields: Mapping[str, Any]) -> tuple[model.Model, Any]:
     settings.setdefault("latent_channels", autoencoder.code_width)
     renderer = field.SDFField(**_plain("model.field", settings, field.SDFField))
     shared = ("latent", "decoder", "radius", "chunk")
-    options = {name: fields[name] for name in shared} | {"center": tuple(fields["center"])}
-    return model.Model(renderer, autoencoder, **options), loaded
+    options: dict[str, Any] = {name: fields[name] for name in shared}
+    return model.Model(renderer, autoencoder, center=tuple(fields["center"]), **options), loaded
 
 
 def _plain(where: str, fields: Mapping[str, Any], kind: Any) -> dict[str, Any]:

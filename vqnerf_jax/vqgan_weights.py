@@ -252,7 +252,7 @@ def _table(module: vqgan.VQGAN) -> dict[str, tuple[str, tuple[int, ...]]]:
     image = jax.ShapeDtypeStruct((1, module.factor, module.factor, module.in_channels), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     levels, table = len(module.channels), {}
-    flat: Mapping[str, Any] = flax.traverse_util.flatten_dict(shapes, sep="/")
+    flat: Any = flax.traverse_util.flatten_dict(shapes, sep="/")
     for path, leaf in flat.items():
         key = re.sub(
             r"^decoder/(level|up)_(\d+)/",
