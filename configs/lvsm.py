@@ -1,4 +1,4 @@
-"""LVSM: `tiny` and `tiny_encoder_decoder` (minutes on a CPU), and the published settings.
+"""LVSM: `tiny` (minutes on a CPU), `tiny_encoder_decoder`, and the published settings.
 
     python launch/train.py --config=configs/lvsm.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/lvsm.py:scene_decoder_only_256 --workdir=runs/lvsm \\
@@ -203,6 +203,7 @@ def _tiny() -> Any:
     # What is rendered does not depend on how many targets are asked for at once.
     config.poses.normalize = "inputs"
     config.model.update(width=96, head_size=32, patch=4, layers=4, remat="none", dtype="float32")
+    config.loss.perceptual_weight = 0.0
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from lvsm_jax import model
 from nvs_common import cameras, losses, metrics, vgg19
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODULES = {
@@ -58,6 +61,13 @@ def make(config: Any) -> Task:
         l2 = losses.l2(rendered, truth)
         values = {"l2": l2, "psnr": jnp.mean(metrics.psnr(rendered, truth))}
         total = l2_weight * l2
+        if vgg is None and perceptual_weight > 0:
+            # At tracing, so once a run: a long one must not miss half of its loss unseen.
+            _log.warning(
+                "loss.perceptual_weight=%g is without effect: loss.perceptual_weights names no "
+                "file of VGG-19 weights; training minimises squared error alone.",
+                perceptual_weight,
+            )
         if vgg is not None:
             values["perceptual"] = vgg19.loss(vgg, rendered, truth)
             total += perceptual_weight * values["perceptual"]

@@ -114,6 +114,15 @@ def test_training_at_one_place_has_a_finite_loss_and_gradient():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
+def test_a_perceptual_weight_without_weights_is_said_aloud(caplog):
+    config = small_config()
+    config.loss.update(perceptual_weight=0.5, perceptual_weights="")
+    made, views = task.make(config), batch(targets=1)
+    variables = jax.eval_shape(made.init, jax.random.key(0), views)
+    jax.eval_shape(made.loss, variables, views, jax.random.key(1))
+    assert "perceptual_weight=0.5 is without effect" in caplog.text
+
+
 def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
     path = tmp_path / "vgg.npz"
     np.savez(path, **random_vgg.arrays())

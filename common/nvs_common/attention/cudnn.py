@@ -41,5 +41,7 @@ def attention(
         )
     try:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), None
+    except jax.errors.JaxRuntimeError:
+        raise  # the device's own, such as too little memory: another implementation is no answer
     except RuntimeError as e:  # NotImplementedError, for sizes, is one
         raise NotImplementedError(f"attention implementation 'cudnn': {e}") from e
