@@ -41,6 +41,7 @@ setup(
         "torch": ["torch"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "equinox",
             "scikit-image",
             "build",

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from launch import measuring
-from lvsm_jax import LVSM, LVSMEncoderDecoder, to_torch
+from lvsm_jax import LVSM, LVSMEncoderDecoder
+from lvsm_jax import weights as lvsm_weights
 from nvs_common import losses
 from nvs_common.errors import InputError
 from nvs_common.types import Variables
@@ -138,7 +139,7 @@ def _beside_torch(name: str, module: Any, case: Case, side: int, repeats: int) -
     batch = measuring.random_batch(*case, side, side)
     context, targets, truth = batch.context, batch.target.cameras, batch.target.images
     variables = _variables(module, batch)
-    theirs = torch_lvsm.LVSMs(module, to_torch(module, variables))
+    theirs = torch_lvsm.LVSMs(module, lvsm_weights.to_torch(module, variables))
     args, their_truth = torch_lvsm.arguments(context, targets), torch.tensor(np.asarray(truth))
 
     def loss(variables: Variables, context: Any, targets: Any, truth: Any):
@@ -158,7 +159,7 @@ def _beside_torch(name: str, module: Any, case: Case, side: int, repeats: int) -
         lambda: train(variables, context, targets, truth),
         repeats=repeats,
     )
-    ours = to_torch(module, train(variables, context, targets, truth)[1])
+    ours = lvsm_weights.to_torch(module, train(variables, context, targets, truth)[1])
     apart = max(_apart(x.grad.numpy(), ours[key]) for key, x in theirs.named_parameters())
     first = (name, *map(str, case))
     return [

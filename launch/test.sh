@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 # Compiled programs are kept in .jax_cache (tests/conftest.py), so a second run is much shorter.
 status=0
-"$PYTHON" -m pytest -q -m "not slow and not gpu and not tpu" "$@" || status=$?
+# Compilation keeps one core busy at most: as many processes as cores, up to four (each needs 4 GB).
+"$PYTHON" -m pytest -q -m "not slow and not gpu and not tpu" -n auto --maxprocesses=4 "$@" || status=$?
 printf 'Tests took %d min %02d s.\n' $((SECONDS / 60)) $((SECONDS % 60))
 exit "$status"

@@ -146,6 +146,7 @@ def test_other_models_are_loaded_from_folders(tmp_path):
 def test_the_program_names_its_benchmarks_and_refuses_bad_flags(program):
     benchmark = program("benchmark")
     assert set(benchmark.BENCHMARKS) == {
+        "depth_decoder",
         "quark",
         "quark_ablation",
         "quark_views",

@@ -166,6 +166,7 @@ def temporaries(change=lambda f: f, num_targets=8, **options):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_remat_stores_less():
     assert temporaries(jax.grad, remat="full") < 0.6 * temporaries(jax.grad, remat="none")
 

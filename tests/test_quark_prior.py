@@ -120,6 +120,7 @@ def render(module, context=CONTEXT):
     return jax.jit(module.apply)(variables, batched(context), batched(TARGET)), variables
 
 
+@pytest.mark.slow
 def test_an_untrained_network_starts_near_the_sweep():
     truth = photographs(TARGET).images[0]
     with_sweep, _ = render(task.make_module({**MODEL, "sweep_planes": 32, "density_bias": 0.0}))

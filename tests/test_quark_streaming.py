@@ -207,6 +207,7 @@ def test_gradients_of_a_streaming_model_are_the_same():
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(np.abs(a).max())))
 
 
+@pytest.mark.slow
 def test_targets_one_after_another_are_those_of_a_batch():
     batch = test_quark.make_batch(scenes=2, targets=3)
     streamed, variables = test_quark.apply_small(stream=True)
