@@ -63,6 +63,9 @@ class Trunk(nn.Module):
             raise InputError(
                 f"remat={self.remat!r} is unknown; choose from {list(blocks.REMAT_POLICIES)}."
             )
+        for name, least in (("patch", 1), ("unroll", 1), ("target_chunk", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: expected {least} or more.")
         attention.check_name(self.attention)
         normal, area = nn.initializers.normal(blocks.INITIAL_DEVIATION), self.patch**2
         posed, rays = area * tokens.POSED_CHANNELS, area * tokens.RAY_CHANNELS
@@ -74,6 +77,8 @@ class Trunk(nn.Module):
 
     def _stack(self, name: str, num_layers: int) -> blocks.Params:
         """The parameters of a stack of blocks, kernels in the compute type."""
+        if num_layers < 1:
+            raise InputError(f"{name} has {num_layers} layers: expected 1 or more.")
         hidden = round(self.width * self.mlp_ratio)
         sizes = (num_layers, self.width, self.head_size, hidden, self.depth_init)
         return blocks.cast(self.param(name, blocks.init, *sizes), self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, cast
@@ -38,14 +39,17 @@ def make(config: Any) -> Task:
       config: a ConfigDict, or anything with its fields as attributes.
 
     Raises:
-      InputError: an unknown field or choice, or a file of perceptual weights that is none.
+      InputError: an unknown field or choice; the loss, a file of perceptual weights that is none.
     """
     module, place = make_module(config.model), _normalizer(config.poses)
     l2_weight, perceptual_weight = config.loss.l2_weight, config.loss.perceptual_weight
-    # Without the weights, which cannot be shipped, training falls back to squared error alone.
-    vgg = None
-    if config.loss.perceptual_weights and perceptual_weight > 0:
-        vgg = vgg19.load(config.loss.perceptual_weights)
+    perceptual_path = config.loss.perceptual_weights
+
+    @functools.cache
+    def vgg() -> Any:
+        """The perceptual loss's network, read when a loss is traced: who renders needs no file."""
+        # Without the weights, which cannot be shipped, training falls back to squared error alone.
+        return vgg19.load(perceptual_path) if perceptual_path and perceptual_weight > 0 else None
 
     def images(variables: Variables, context: Views, targets: Cameras) -> Array:
         context, targets = place(context, targets)
@@ -61,15 +65,15 @@ def make(config: Any) -> Task:
         l2 = losses.l2(rendered, truth)
         values = {"l2": l2, "psnr": jnp.mean(metrics.psnr(rendered, truth))}
         total = l2_weight * l2
-        if vgg is None and perceptual_weight > 0:
+        if vgg() is None and perceptual_weight > 0:
             # At tracing, so once a run: a long one must not miss half of its loss unseen.
             _log.warning(
                 "loss.perceptual_weight=%g is without effect: loss.perceptual_weights names no "
                 "file of VGG-19 weights; training minimises squared error alone.",
                 perceptual_weight,
             )
-        if vgg is not None:
-            values["perceptual"] = vgg19.loss(vgg, rendered, truth)
+        if vgg() is not None:
+            values["perceptual"] = vgg19.loss(vgg(), rendered, truth)
             total += perceptual_weight * values["perceptual"]
         return total, Aux(metrics={"loss": total, **values})
 

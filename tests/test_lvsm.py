@@ -277,6 +277,9 @@ def test_sizes_that_do_not_fit_are_explained():
     for changes, words in [
         ({"head_size": 5}, "width=16 is not a multiple of head_size=5"),
         ({"remat": "some"}, "remat='some' is unknown"),
+        ({"target_chunk": -3}, "target_chunk=-3: expected 0 or more"),
+        ({"unroll": 0}, "unroll=0: expected 1 or more"),
+        ({"layers": 0}, "blocks has 0 layers"),
         ({"attention": "fast"}, "'fast' is unknown"),
         ({"patch": 5}, "8 x 12 pixels: both sides must be multiples of the patch, 5"),
         ({"relative": "cape"}, "relative='cape' is unknown"),
