@@ -104,7 +104,7 @@ def _svd() -> Any:
 
 
 def _tiny() -> Any:
-    """Learns in minutes on two CPU cores."""
+    """Small networks for a CPU; what they learn has not been measured yet."""
     config = _svd()
     config.update(num_steps=400, batch_size=1, log_every=20, checkpoint_every=200)
     config.optim.update(learning_rate=1e-3, warmup_steps=20)

@@ -1,4 +1,4 @@
-"""VQ-NeRF: `tiny` (minutes on a CPU), `object` (a GPU), `dtu` (the paper's data), `womask`.
+"""VQ-NeRF: `tiny` (small, for a CPU), `object` (for a GPU), `dtu` (the paper's data), `womask`.
 
     python launch/train.py --config=configs/vqnerf.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/vqnerf.py:object --workdir=runs/object \\
@@ -121,7 +121,7 @@ def _dtu() -> Any:
 
 
 def _tiny() -> Any:
-    """Small networks, for minutes on two CPU cores."""
+    """Small networks for a CPU; what they learn has not been measured yet."""
     config = _base()
     config.update(num_steps=600, log_every=50, eval_every=300, checkpoint_every=300)
     config.optim.update(learning_rate=2e-3, warmup_steps=50)
