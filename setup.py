@@ -36,6 +36,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # The compilers of TPUs and NVIDIA GPUs, for machines without (launch/absent_devices.py).
+        "aot": ["jax[tpu]", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"],
         "mesh": ["scikit-image", "trimesh"],
         "viewer": ["viser>=1.0"],
         "torch": ["torch"],
