@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from nvs_common import errors
+from tests import accelerators, kernel_races
 from vqnerf_jax import nearest, nearest_tpu
 
 
@@ -72,9 +72,9 @@ def test_what_no_code_is_near_to_has_an_index_of_the_table(name):
 
 def test_the_kernel_reads_nothing_that_another_step_writes():
     z, codes = normal((300, 5)), normal((300, 5), 1)
-    params = pltpu.InterpretParams(detect_races=True)
-    index, _ = nearest_tpu.search(z, codes, interpret=params)
-    assert not pltpu.race_detection_results().races_found
+    index, _ = nearest_tpu.search(z, codes, interpret=kernel_races.DETECT)
+    jax.block_until_ready(index)
+    assert not kernel_races.found()
     np.testing.assert_array_equal(index, nearest.reference(z, codes).indices)
 
 
@@ -122,3 +122,18 @@ def test_float64_stays_float64(x64):
     found = nearest.search(z, codes)
     assert found.distances.dtype == np.float64
     np.testing.assert_array_equal(found.indices, nearest.reference(z, codes).indices)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", accelerators.TPUS)
+def test_the_kernel_compiles_for(chip):
+    shapes = accelerators.shape(1500, 16), accelerators.shape(2048, 16)
+    compiled = accelerators.compile_for(chip, nearest_tpu.search, *shapes)
+    assert "tpu_custom_call" in compiled.as_text()
+    # 12 MiB of distances are not there.
+    assert accelerators.temporaries(compiled) < 3 * 2**20
+
+
+def test_the_kernel_is_lowered_without_a_compiler():
+    shapes = accelerators.shape(300, 3), accelerators.shape(70, 3)
+    assert "tpu_custom_call" in accelerators.lower_for_tpu(nearest_tpu.search, *shapes)
