@@ -4,11 +4,7 @@ A tile of the picture stays on the chip while all layers and views go by: logits
 two matrix products, activated, projected, coloured, blended with a running softmax over the views
 and composited. Neither a plane of one layer nor a colour of one view is written to memory.
 
-Colours come from arbitrary pixels of the views, and TPUs read memory in tiles. But the elements of
-a tile lie in one band of depth, so their pixels lie in a small window of the view: it is copied to
-the chip, and 8 x 128 elements at a time walk through the few rows they touch. Within a row of 128
-pixels a lane can fetch any other, which is the only gather that the vector unit has. However far
-apart the pixels are, rows and windows are visited until all of them are found.
+Colours are found by `lane_gather`.
 """
 
 from __future__ import annotations
@@ -23,39 +19,30 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nvs_common import cameras
 from nvs_common.types import Array, Cameras, Render, Views
-from quark_jax import drawing, ldm
+from quark_jax import drawing, lane_gather, ldm
 
 # Rows and columns of a tile of the picture, and of the window of a view that is on the chip.
 TILE = (64, 256)
 WINDOW = (96, 512)
-# The vector unit works on this many rows and columns at once.
-_ROWS, _LANES, _LANE_BITS = 8, 128, 7
 
 
 class _Options(NamedTuple):
     layers: int
-    height: int  # of the views
-    width: int
     opaque_background: bool
     edge: bool
     mask_invalid: bool
-    interpret: Any
 
 
 class _Scratch(NamedTuple):
     """What stays on the chip while a tile is drawn; planes have the size of the tile."""
 
     depth: Any  # of the layer
-    x: Any  # column in the view
-    y: Any  # row in the view
-    sample: Any  # [3] colour in the view
     rank: Any  # rank, highest, total and color: see `drawing._Blend`
     highest: Any
     total: Any
     color: Any
     canvas: Any  # [5] premultiplied colour, depth and what is let through
-    window: Any  # [3, *WINDOW] of the view
-    arrived: Any  # semaphore of the window's copy
+    gather: lane_gather.Scratch
 
 
 def draw(
@@ -82,9 +69,7 @@ def draw(
     if any(plane is not None and plane.dtype != jnp.float32 for plane in logits):
         raise NotImplementedError("drawing on a TPU: for float32 logits")
     corner = drawing.corners(window)
-    options = dict(
-        opaque_background=opaque_background, unseen=unseen, mask_invalid=mask_invalid
-    )
+    options = dict(opaque_background=opaque_background, unseen=unseen, mask_invalid=mask_invalid)
 
     def plain(logits: ldm.Logits, target: Cameras, context: Views, corner: Any) -> Render:
         part = drawing.window_at(corner, window)
@@ -121,28 +106,24 @@ def _draw(
     assert logits.blend is not None  # `draw` has refused
     camera = ldm.crop(target, window)
     (layers, y, x), (height, width) = logits.depth.shape, (camera.height, camera.width)
-    tile = (min(TILE[0], _up(height, _ROWS)), min(TILE[1], _up(width, _LANES)))
+    tile = (
+        min(TILE[0], _up(height, lane_gather.ROWS)),
+        min(TILE[1], _up(width, lane_gather.LANES)),
+    )
     rows, columns = _up(height, tile[0]), _up(width, tile[1])
     to_rows, to_columns = _resampling((y, x), target, window)
     to_rows = jnp.pad(to_rows, ((0, rows - height), (0, 0)))
     to_columns = jnp.pad(to_columns, ((0, 0), (0, columns - width)))
-    images = jnp.moveaxis(jnp.asarray(context.images, jnp.float32), -1, 1)
-    views, _, *size = images.shape
-    padded = [_up(size[0], _ROWS), _up(size[1], _LANES)]
-    edges = [(0, pad - side) for pad, side in zip(padded, size, strict=True)]
-    images = jnp.pad(images, ((0, 0), (0, 0), *edges))
-    held = tuple(min(most, side) for most, side in zip(WINDOW, padded, strict=True))
-    options = _Options(layers, *size, opaque_background, unseen == "edge", mask_invalid, interpret)
+    sources = lane_gather.views(jnp.asarray(context.images, jnp.float32))
+    options = _Options(layers, opaque_background, unseen == "edge", mask_invalid)
     plane = lambda *lead: pltpu.VMEM((*lead, *tile), jnp.float32)  # noqa: E731
-    scratch = _Scratch(
-        *(plane() for _ in range(3)), plane(3), plane(), plane(), plane(), plane(3), plane(5),
-        pltpu.VMEM((3, *held), jnp.float32), pltpu.SemaphoreType.DMA,
-    )
+    gather = lane_gather.scratch_shapes(tile, sources, WINDOW)
+    scratch = _Scratch(*(plane() for _ in range(4)), plane(3), plane(5), gather)
     whole = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_layer = pl.BlockSpec((None, y, x), lambda i, j, l, v: (l, 0, 0))
     canvas = pl.pallas_call(
-        functools.partial(_kernel, options, tile),
-        grid=(rows // tile[0], columns // tile[1], layers, views),
+        functools.partial(_kernel, options, sources, tile),
+        grid=(rows // tile[0], columns // tile[1], layers, len(sources.planes)),
         in_specs=[
             whole,
             whole,
@@ -155,8 +136,8 @@ def _draw(
         ],
         out_specs=pl.BlockSpec((5, *tile), lambda i, j, l, v: (0, i, j)),
         out_shape=jax.ShapeDtypeStruct((5, rows, columns), jnp.float32),
-        scratch_shapes=list(scratch),
-        cost_estimate=_cost(logits, (rows, columns), tile, held),
+        scratch_shapes=[scratch],
+        cost_estimate=_cost(logits, sources, (rows, columns), tile),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=48 * 2**20,
@@ -171,7 +152,7 @@ def _draw(
         logits.depth,
         logits.density,
         logits.blend,
-        images,
+        sources.planes,
     )[:, :height, :width]
     return Render(images=jnp.moveaxis(canvas[:3], 0, -1), depth=canvas[3], alpha=1 - canvas[4])
 
@@ -203,23 +184,23 @@ def _view_numbers(camera: Cameras, views: Cameras) -> Array:
 
 
 def _cost(
-    logits: ldm.Logits, size: tuple[int, int], tile: tuple[int, int], held: tuple[int, int]
+    logits: ldm.Logits, sources: lane_gather.Views, size: tuple[int, int], tile: tuple[int, int]
 ) -> pl.CostEstimate:
-    """One window a tile, layer and view, and two rows of it an element, as where depth is smooth."""
-    assert logits.blend is not None
-    (layers, y, x), views = logits.depth.shape, logits.blend.shape[0]
-    tiles = size[0] * size[1] // (tile[0] * tile[1])
-    planes = tiles * layers * (2 + views)
-    upsampling = 2 * planes * tile[0] * x * (y + tile[1])
-    elements = size[0] * size[1] * layers * views
-    moved = tiles * layers * views * 3 * held[0] * held[1] + planes * y * x + 5 * size[0] * size[1]
+    layers, y, x = logits.depth.shape
+    pixels = size[0] * size[1]
+    planes = pixels // (tile[0] * tile[1]) * layers * (2 + len(sources.planes))
+    gather = lane_gather.cost(pixels * layers, sources, tile, WINDOW)
+    looks = pixels * layers * len(sources.planes)
     return pl.CostEstimate(
-        flops=upsampling + 100 * elements, bytes_accessed=4 * moved, transcendentals=3 * elements
+        flops=gather.flops + 2 * planes * tile[0] * x * (y + tile[1]) + 60 * looks,
+        bytes_accessed=gather.bytes_accessed + 4 * planes * y * x + 20 * pixels,
+        transcendentals=2 * looks,
     )
 
 
 def _kernel(
     options: _Options,
+    sources: lane_gather.Views,
     tile: tuple[int, int],
     target_ref,
     views_ref,
@@ -230,10 +211,9 @@ def _kernel(
     blend_ref,
     images_ref,
     canvas_ref,
-    *scratch_refs,
+    scratch: _Scratch,
 ):
     """One view of one layer of one tile."""
-    scratch = _Scratch(*scratch_refs)
     layer, view = pl.program_id(2), pl.program_id(3)
     numbers = [target_ref[i] for i in range(6)]
     near, far = numbers[4:]
@@ -264,8 +244,9 @@ def _kernel(
         for channel in range(3):
             scratch.color[channel] = nothing
 
-    rank = _project(options, tile, numbers, views_ref, view, scratch)
-    _sample(options, tile, view, images_ref, scratch)
+    sources = sources._replace(planes=images_ref)
+    rank = _project(options, sources, numbers, views_ref, view, scratch)
+    lane_gather.sample(sources, view, scratch.gather)
     _add(options, full(blend_ref), rank, scratch)
 
     @pl.when(view == pl.num_programs(3) - 1)
@@ -288,7 +269,7 @@ def _kernel(
 
 def _project(
     options: _Options,
-    tile: tuple[int, int],
+    sources: lane_gather.Views,
     numbers: list[Array],
     views_ref: Any,
     view: Array,
@@ -296,6 +277,7 @@ def _project(
 ) -> Array:
     """`ldm.project`: rows and columns in the view go to the scratch; the elements' rank returns."""
     fx, fy, cx, cy, near, _ = numbers
+    tile = scratch.depth.shape
     first = (pl.program_id(0) * tile[0], pl.program_id(1) * tile[1])
     row, column = (
         (jax.lax.broadcasted_iota(jnp.int32, tile, axis) + first[axis]).astype(jnp.float32)
@@ -310,122 +292,15 @@ def _project(
     front = z > ldm.MIN_VIEW_DEPTH * near
     safe = jnp.maximum(z, cameras.MIN_DEPTH)
     u, v = right / safe * m[12] + m[14], down / safe * m[13] + m[15]
-    inside = (u >= 0) & (u <= options.width) & (v >= 0) & (v <= options.height)
-    # What lies behind the view has no part in it; its position only has to be one.
-    u, v = jnp.where(front, u, 0.0), jnp.where(front, v, 0.0)
-    scratch.x[...] = jnp.clip(u - 0.5, 0.0, options.width - 1.0)
-    scratch.y[...] = jnp.clip(v - 0.5, 0.0, options.height - 1.0)
+    inside = (u >= 0) & (u <= sources.width) & (v >= 0) & (v <= sources.height)
     hidden = jnp.where(front, 1.0, 0.0) if options.edge else jnp.zeros(tile, jnp.float32)
-    return jnp.where(front & inside, 2.0, hidden)
-
-
-def _sample(
-    options: _Options, tile: tuple[int, int], view: Array, images_ref: Any, scratch: _Scratch
-) -> None:
-    """Bilinear samples of the view's image at the positions in the scratch."""
-    held = scratch.window.shape[1:]
-    stops = images_ref.shape[2:]
-    low, high = _bounds(scratch.x[...], scratch.y[...], options)
-    # Copies begin at tiles of memory.
-    begin = (low[0] // _ROWS * _ROWS, low[1] // _LANES * _LANES)
-    for channel in range(3):
-        scratch.sample[channel] = jnp.zeros(tile, jnp.float32)
-
-    def visit(row: Array, column: Array) -> None:
-        top = pl.multiple_of(jnp.minimum(row, stops[0] - held[0]), _ROWS)
-        left = pl.multiple_of(jnp.minimum(column, stops[1] - held[1]), _LANES)
-        source = images_ref.at[view, :, pl.ds(top, held[0]), pl.ds(left, held[1])]
-        copy = pltpu.make_async_copy(source, scratch.window, scratch.arrived)
-        copy.start()
-        copy.wait()
-        across = tile[1] // _LANES
-
-        def group(n: Array, _: None) -> None:
-            place = (n // across * _ROWS, n % across * _LANES)
-            # Rows and columns before `row` and `column` were in an earlier window.
-            _walk(options, place, (row, column), (top, left), scratch)
-
-        jax.lax.fori_loop(0, tile[0] // _ROWS * across, group, None)
-
-    def rows(i: Array, _: None) -> None:
-        def columns(j: Array, _: None) -> None:
-            visit(begin[0] + i * held[0], begin[1] + j * held[1])
-
-        jax.lax.fori_loop(0, (high[1] - begin[1]) // held[1] + 1, columns, None)
-
-    jax.lax.fori_loop(0, (high[0] - begin[0]) // held[0] + 1, rows, None)
-
-
-def _walk(
-    options: _Options,
-    place: tuple[Array, Array],
-    begin: tuple[Array, Array],
-    corner: tuple[Array, Array],
-    scratch: _Scratch,
-) -> None:
-    """Adds what a group of elements finds in a window: rows of the view, 128 pixels at a time.
-
-    Args:
-      options: of the kernel.
-      place: row and column of the group in the tile.
-      begin: first row and column of the view that this window is responsible for.
-      corner: first row and column of the view that the window holds.
-      scratch: of the kernel.
-    """
-    here = (
-        pl.ds(pl.multiple_of(place[0], _ROWS), _ROWS),
-        pl.ds(pl.multiple_of(place[1], _LANES), _LANES),
-    )
-    x, y = scratch.x[here], scratch.y[here]
-    low, high = _bounds(x, y, options)
-    held = scratch.window.shape[1:]
-    first = [jnp.maximum(least, start) for least, start in zip(low, begin, strict=True)]
-    last = [
-        jnp.minimum(most, start + size - 1)
-        for most, start, size in zip(high, begin, held, strict=True)
-    ]
-    x0, y0 = jnp.floor(x), jnp.floor(y)
-    right, below = x - x0, y - y0
-    x0, y0 = x0.astype(jnp.int32), y0.astype(jnp.int32)
-    x1 = jnp.minimum(x0 + 1, options.width - 1)
-    lanes = [i & (_LANES - 1) for i in (x0, x1)]
-
-    def block(number: Array, colors: tuple[Array, ...]) -> tuple[Array, ...]:
-        weights = [
-            jnp.where(i >> _LANE_BITS == number, weight, 0.0)
-            for i, weight in ((x0, 1 - right), (x1, right))
-        ]
-        columns = pl.ds(pl.multiple_of(number * _LANES - corner[1], _LANES), _LANES)
-
-        def row(number: Array, colors: tuple[Array, ...]) -> tuple[Array, ...]:
-            part = jnp.where(y0 == number, 1 - below, jnp.where(y0 + 1 == number, below, 0.0))
-            found = []
-            for channel, color in enumerate(colors):
-                pixels = scratch.window[channel, pl.ds(number - corner[0], 1), columns]
-                pixels = jnp.broadcast_to(pixels, (_ROWS, _LANES))
-                two = [
-                    weight * jnp.take_along_axis(pixels, lane, axis=1)
-                    for weight, lane in zip(weights, lanes, strict=True)
-                ]
-                found.append(color + part * (two[0] + two[1]))
-            return tuple(found)
-
-        return jax.lax.fori_loop(first[0], last[0] + 1, row, colors)
-
-    colors = tuple(scratch.sample[(channel, *here)] for channel in range(3))
-    colors = jax.lax.fori_loop(first[1] // _LANES, last[1] // _LANES + 1, block, colors)
-    for channel, color in enumerate(colors):
-        scratch.sample[(channel, *here)] = color
-
-
-def _bounds(x: Array, y: Array, options: _Options) -> tuple[list[Array], list[Array]]:
-    """First and last rows and columns of the pixels around positions."""
-    low = [jnp.min(position).astype(jnp.int32) for position in (y, x)]
-    high = [
-        jnp.minimum(jnp.max(position).astype(jnp.int32) + 1, side - 1)
-        for position, side in ((y, options.height), (x, options.width))
-    ]
-    return low, high
+    rank = jnp.where(front & inside, 2.0, hidden)
+    # Colours go on beyond the edge; what is not shown is not looked for.
+    places = ((scratch.gather.x, u, sources.width), (scratch.gather.y, v, sources.height))
+    for place, position, side in places:
+        position = jnp.clip(position - 0.5, 0.0, side - 1.0)
+        place[...] = jnp.where(rank > 0, position, -2.0)
+    return rank
 
 
 def _add(options: _Options, logit: Array, rank: Array, scratch: _Scratch) -> None:
@@ -444,7 +319,7 @@ def _add(options: _Options, logit: Array, rank: Array, scratch: _Scratch) -> Non
     shown_new = jnp.where(enters & (rank > 0), new, 0.0)
     for channel in range(3):
         color = scratch.color[channel] * shown_old
-        scratch.color[channel] = color + scratch.sample[channel] * shown_new
+        scratch.color[channel] = color + scratch.gather.sample[channel] * shown_new
     scratch.total[...] = scratch.total[...] * old + new
     scratch.rank[...], scratch.highest[...] = best, highest
 
