@@ -15,6 +15,9 @@ from nvs_common import layers, photoconsistency
 from nvs_common.types import Array
 from quark_jax import ldm, prior
 
+# The logit of a view that has no part in an element: finite, and weightless beside any other.
+LEFT_OUT = -1e9
+
 
 class Unstored(NamedTuple):
     """Update features before they are gathered: what `delta` is where it is never held whole.
@@ -86,6 +89,15 @@ def attend(query: Array, keys: Array, values: Array, valid: Array, scale: float)
     return _attend(query * scale, keys, values, masked(valid))
 
 
+def attend_unstored(query: Array, delta: Unstored, valid: Array, scale: float) -> Array:
+    """`attend` of queries [n, l, y, x, a, c] to features that are keys and values of all heads."""
+
+    def change(query: Array, delta: Array, valid: Array) -> Array:
+        return attend(query, delta, delta, valid, scale)
+
+    return over_delta(change, query, delta, valid)
+
+
 def agreement(query: Array, delta: Array, valid: Array) -> Array:
     """Products of queries [n, ..., c] with each view's features [v, n, ..., c]: [n, ..., v].
 
@@ -113,7 +125,7 @@ def _attend(query: Array, keys: Array, values: Array, takes_part: Array) -> Arra
 def _weights(query: Array, keys: Array, takes_part: Array) -> list[Array]:
     """Softmax over views in float32 or wider: for each view the weights [n, ..., a]."""
     logits = [
-        jnp.where(part[..., None], _dot(query, key), -1e9)
+        jnp.where(part[..., None], _dot(query, key), LEFT_OUT)
         for key, part in zip(_views(keys), _views(takes_part), strict=True)
     ]
     highest = functools.reduce(jnp.maximum, logits)

@@ -142,15 +142,6 @@ def batch(seed=0, n=64, d=3):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(n, d)), jnp.float32)
 
 
-def test_large_batches_are_searched_in_parts_with_the_same_result(monkeypatch):
-    z, table = batch(n=37), batch(1, n=11)
-    whole = codes.nearest(z, table)
-    monkeypatch.setattr(codes, "MAX_DISTANCES", 55)
-    np.testing.assert_array_equal(codes.nearest(z, table), whole)
-    distance = np.square(np.asarray(z)[:, None] - np.asarray(table)[None]).sum(-1)
-    np.testing.assert_array_equal(whole, distance.argmin(-1))
-
-
 def test_ties_go_to_the_lowest_index_and_low_precision_flips_no_code():
     table = jnp.asarray([[1.0, 0], [0, 1], [1, 0]])
     assert codes.nearest(jnp.asarray([[2.0, 0]]), table)[0] == 0

@@ -8,17 +8,13 @@ stays None, for sums over an array are sums over all of its devices there.
 
 from __future__ import annotations
 
-import math
-
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from nvs_common.types import Array
-
-# Distances that exist at once, a gigabyte in float32.
-MAX_DISTANCES = 2**28
+from vqnerf_jax import nearest as nearest_code
 
 
 @flax.struct.dataclass
@@ -38,9 +34,12 @@ class Quantized:
     counts: Array
 
 
-def nearest(z: Array, codes: Array) -> Array:
-    """The index [...] of the nearest code of each vector [..., d]; the lowest one in a tie."""
-    return _nearest(z, codes)[0]
+def nearest(z: Array, codes: Array, *, implementation: str | None = None) -> Array:
+    """The index [...] of the nearest code of each vector [..., d]; the lowest one in a tie.
+
+    `implementation` and errors are those of `vqnerf_jax.nearest.search`.
+    """
+    return nearest_code.search(z, codes, implementation=implementation).indices
 
 
 def nearest_in_shards(z: Array, shard: Array, axis_name: str) -> Array:
@@ -54,7 +53,7 @@ def nearest_in_shards(z: Array, shard: Array, axis_name: str) -> Array:
     Returns:
       [...] indices into all k codes, the same on all devices.
     """
-    index, distance = _nearest(z, shard)
+    index, distance = nearest_code.search(z, shard)
     index = index + jax.lax.axis_index(axis_name) * shard.shape[0]
     every = jax.lax.all_gather((distance, index), axis_name)
     # The first of equals is on the first device, which has the lowest index.
@@ -129,27 +128,3 @@ def usage(counts: Array) -> Array:
 def across(x: Array, axis_name: str | None) -> Array:
     """The sum over the devices of a mapped axis; x itself without one."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
-
-
-def _nearest(z: Array, codes: Array) -> tuple[Array, Array]:
-    """Index [...] of the nearest code and its squared distance up to the vector's own length."""
-    chex.assert_equal(z.shape[-1], codes.shape[-1])
-    wide = jnp.promote_types(jnp.promote_types(z.dtype, codes.dtype), jnp.float32)
-    flat, codes = z.reshape(-1, z.shape[-1]).astype(wide), codes.astype(wide)
-    lengths = jnp.sum(jnp.square(codes), axis=-1)[None]
-
-    def search(rows: Array) -> tuple[Array, Array]:
-        products = jnp.einsum("nd,kd->nk", rows, codes, precision="highest")
-        distance = lengths - 2 * products
-        index = jnp.argmin(distance, axis=-1).astype(jnp.int32)
-        return index, jnp.min(distance, axis=-1)
-
-    rows = max(1, MAX_DISTANCES // codes.shape[0])
-    if flat.shape[0] <= rows:
-        index, distance = search(flat)
-    else:
-        parts = math.ceil(flat.shape[0] / rows)
-        padded = jnp.pad(flat, ((0, parts * rows - flat.shape[0]), (0, 0)))
-        found = jax.lax.map(search, padded.reshape(parts, rows, -1))
-        index, distance = (x.reshape(-1)[: flat.shape[0]] for x in found)
-    return index.reshape(z.shape[:-1]), distance.reshape(z.shape[:-1])

@@ -1,0 +1,110 @@
+"""The kernel that draws a map on a TPU: pictures and gradients of the plain form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvs_common.types import Views
+from quark_jax import drawing, drawing_tpu, ldm
+from tests import accelerators, kernel_races
+from tests.test_quark_streaming import make_cameras
+
+# Smaller than any picture below: several tiles, and windows that do not hold all that is sought.
+SMALL = dict(TILE=(8, 128), WINDOW=(8, 128))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(drawing_tpu, name, value)
+
+
+def world(layers=2, views=2, grid=(5, 7), size=(11, 150), seed=0):
+    """Logits, target and inputs, whose elements are scattered and partly unseen."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    logits = ldm.Logits(draw(layers, *grid), draw(layers, *grid), draw(views, layers, *grid))
+    target = jax.tree.map(lambda x: x[0], make_cameras(1, rng, *size))
+    cams = make_cameras(views, rng, size[0] + 8, size[1] + 9, spread=1.0)
+    images = rng.uniform(size=(views, cams.height, cams.width, 3))
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), (logits, target, Views(images, cams))
+    )
+
+
+def same(got, wanted):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert one.shape == other.shape
+        # Positions are rounded differently, and some pixels of noise differ by all there is.
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(unseen="edge", opaque_background=True),
+        dict(mask_invalid=False, window=ldm.Window(2, 3, 9, 140)),
+    ],
+    ids=["edge", "window"],
+)
+def test_pictures_are_those_of_the_plain_form(options, small_tiles):
+    logits, target, context = world()
+    kernel = functools.partial(drawing_tpu.draw, interpret=True, **options)
+    got = jax.jit(kernel)(logits, target, context)
+    same(got, jax.jit(functools.partial(drawing.draw, **options))(logits, target, context))
+    again = jax.jit(kernel)(logits, target, context)
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(again)))
+
+
+def test_gradients_are_those_of_the_plain_form():
+    logits, target, context = world(size=(6, 9), views=1)
+
+    def loss(draw, logits, context):
+        rendered = draw(logits, target, context)
+        return sum(jnp.sum(jnp.sin(x)) for x in (rendered.images, rendered.depth, rendered.alpha))
+
+    kernel = functools.partial(drawing_tpu.draw, interpret=True)
+    got, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, draw), argnums=(0, 1)))(logits, context)
+        for draw in (kernel, drawing.draw)
+    )
+    same(got, wanted)
+
+
+def test_targets_are_drawn_in_batches():
+    worlds = [world(size=(6, 9), seed=seed, views=1) for seed in (0, 1)]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *worlds)
+    kernel = functools.partial(drawing_tpu.draw, interpret=True)
+    got = jax.jit(jax.vmap(kernel))(*batch)
+    same(got, jax.jit(jax.vmap(drawing.draw))(*batch))
+
+
+def test_copies_and_steps_do_not_race(small_tiles):
+    logits, target, context = world(layers=1, size=(6, 9), views=1)
+    got = drawing_tpu.draw(logits, target, context, interpret=kernel_races.DETECT)
+    jax.block_until_ready(got)
+    assert not kernel_races.found()
+    same(got, drawing.draw(logits, target, context))
+
+
+def test_what_the_kernel_does_not_draw_is_an_error():
+    logits, target, context = world()
+    with pytest.raises(NotImplementedError, match="blend"):
+        colors = jnp.zeros((*logits.depth.shape, 3))
+        drawing_tpu.draw(logits._replace(color=colors, blend=None), target, context)
+    with pytest.raises(NotImplementedError, match="float32"):
+        wide = jax.tree.map(lambda x: x.astype(jnp.bfloat16), logits)
+        drawing_tpu.draw(wide, target, context)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", accelerators.TPUS)
+def test_the_kernel_compiles_for(chip):
+    arrays = world(layers=3, views=2, grid=(27, 48), size=(100, 600))
+    plan = accelerators.compile_for(chip, drawing_tpu.draw, *arrays)
+    assert "tpu_custom_call" in plan.as_text()
+    picture = 100 * 600 * 4
+    assert accelerators.temporaries(plan) < 40 * picture

@@ -1,0 +1,101 @@
+"""One-to-many attention in a kernel that gathers: values and gradients of the plain form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quark_jax import fusion, one_to_many_tpu
+from tests import accelerators, kernel_races
+
+SCALE = 0.7
+
+
+def case(maps=2, views=2, grid=(2, 5, 7), image=(9, 140), heads=2, channels=3, seed=0):
+    """Queries, features, scattered positions (some outside) and who sees what (some nobody)."""
+    rng = np.random.default_rng(seed)
+    elements = (maps, *grid)
+    query = rng.normal(size=(*elements, heads, channels))
+    features = rng.normal(size=(views, maps, *image, channels))
+    uv = rng.uniform(-0.2, 1.2, size=(views, *elements, 2))
+    valid = rng.uniform(size=(views, *elements)) > 0.4
+    valid[:, :, 0, 0] = False
+    query, features, uv = (jnp.asarray(x, jnp.float32) for x in (query, features, uv))
+    return query, features, uv, jnp.asarray(valid)
+
+
+def plain(query, features, uv, valid):
+    return fusion.attend_unstored(query, fusion.Unstored(features, uv), valid, SCALE)
+
+
+def fused(query, features, uv, valid, interpret=True):
+    delta = fusion.Unstored(features, uv)
+    return one_to_many_tpu.attend(query, delta, valid, SCALE, interpret=interpret)
+
+
+def exact(query, features, uv, valid):
+    """The definition in float64."""
+    with jax.enable_x64(True):
+        args = [np.asarray(x, np.float64) for x in (query, features, uv)]
+        return np.asarray(jax.jit(plain)(*args, np.asarray(valid)))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        dict(maps=1, views=3, grid=(1, 9, 130), image=(6, 5), heads=1, channels=4),
+        dict(maps=1, views=1, grid=(1, 1, 1), image=(1, 1), heads=1, channels=1),
+    ],
+    ids=["small windows", "several tiles", "one of each"],
+)
+def test_values_are_those_of_the_plain_form(shape, monkeypatch):
+    monkeypatch.setattr(one_to_many_tpu, "TILE", (8, 128))
+    monkeypatch.setattr(one_to_many_tpu, "WINDOW", (8, 128))
+    args = case(**shape)
+    got = jax.jit(fused)(*args)
+    np.testing.assert_allclose(got, exact(*args), atol=2e-5)
+    np.testing.assert_array_equal(got, jax.jit(fused)(*args))
+
+
+def test_gradients_are_those_of_the_plain_form():
+    args = case(maps=1, grid=(1, 2, 3), image=(4, 5), heads=1)
+
+    def loss(function, *floats):
+        return jnp.sum(jnp.sin(function(*floats, args[3])))
+
+    got, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, function), argnums=(0, 1, 2)))(*args[:3])
+        for function in (fused, plain)
+    )
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert np.any(one)
+
+
+def test_copies_and_steps_do_not_race():
+    args = case(maps=1, views=2, grid=(1, 2, 3), image=(4, 5), heads=1)
+    got = fused(*args, interpret=kernel_races.DETECT)
+    jax.block_until_ready(got)
+    assert not kernel_races.found()
+    np.testing.assert_allclose(got, exact(*args), atol=2e-5)
+
+
+def test_other_types_are_an_error():
+    query, features, uv, valid = case()
+    with pytest.raises(NotImplementedError, match="float32"):
+        fused(query.astype(jnp.bfloat16), features, uv, valid)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", accelerators.TPUS)
+def test_the_kernel_compiles_for(chip):
+    shapes = jax.eval_shape(
+        lambda: case(maps=1, views=4, grid=(3, 24, 300), image=(40, 250), heads=1, channels=32)
+    )
+    compiled = accelerators.compile_for(chip, functools.partial(fused, interpret=False), *shapes)
+    assert "tpu_custom_call" in compiled.as_text()
+    delta = 4 * 3 * 24 * 300 * 32 * 4
+    assert accelerators.temporaries(compiled) < delta / 2
