@@ -70,6 +70,17 @@ def test_a_dim_scene_is_compared_as_a_bright_one_is():
     np.testing.assert_array_equal(prior.contrast_gain(flat, TARGET[0]), prior.MAX_GAIN)
 
 
+def test_windows_grow_slower_than_the_map():
+    sides = [side for side, _ in prior.WINDOWS]
+    assert list(prior.window_sides(prior.WINDOW_ROWS)) == sides
+    assert list(prior.window_sides(8)) == sides
+    for rows in (72, 144, 288):
+        wide = prior.window_sides(rows)
+        assert all(side % 2 == 1 for side in wide)
+        for side, base in zip(wide, sides, strict=True):
+            assert base < side < base * rows / prior.WINDOW_ROWS
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 def test_a_map_made_of_the_features_has_the_sweeps_depth(num_layers):
     """Depth and density logits composite to the plane with the least cost, in any layers."""
