@@ -55,6 +55,32 @@ def test_the_sweep_finds_a_textured_plane():
     np.testing.assert_allclose(inner, 3 / 7, atol=1 / 16)
 
 
+def test_a_dim_scene_is_compared_as_a_bright_one_is():
+    """Where contrast is within reach of the greatest gain, costs do not depend on exposure."""
+    dim = CONTEXT.replace(images=0.4 * CONTEXT.images)
+    dimmer = CONTEXT.replace(images=0.25 * CONTEXT.images)
+    bright = prior.contrast_gain(CONTEXT, TARGET[0])
+    np.testing.assert_array_equal(bright, 1.0)
+    gain = prior.contrast_gain(dim, TARGET[0])
+    assert jnp.all((gain > 1) & (gain < prior.MAX_GAIN))
+    costs = [prior.sweep_costs(views, TARGET[0], 16) for views in (dim, dimmer)]
+    np.testing.assert_allclose(costs[1], costs[0], rtol=0.05, atol=2e-4)
+    # Nothing to tell planes apart: no division by zero, and the limit holds.
+    flat = CONTEXT.replace(images=jnp.full_like(CONTEXT.images, 0.1))
+    np.testing.assert_array_equal(prior.contrast_gain(flat, TARGET[0]), prior.MAX_GAIN)
+
+
+def test_windows_grow_slower_than_the_map():
+    sides = [side for side, _ in prior.WINDOWS]
+    assert list(prior.window_sides(prior.WINDOW_ROWS)) == sides
+    assert list(prior.window_sides(8)) == sides
+    for rows in (72, 144, 288):
+        wide = prior.window_sides(rows)
+        assert all(side % 2 == 1 for side in wide)
+        for side, base in zip(wide, sides, strict=True):
+            assert base < side < base * rows / prior.WINDOW_ROWS
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 def test_a_map_made_of_the_features_has_the_sweeps_depth(num_layers):
     """Depth and density logits composite to the plane with the least cost, in any layers."""
