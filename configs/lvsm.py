@@ -17,9 +17,12 @@ PSNR on RealEstate10K as published: 29.67 (decoder-only, 256), 28.58 (encoder-de
 27.66 (6 layers, one GPU), 28.56 (12 layers, two GPUs).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from nvs_common.errors import InputError
 
 
 def get_config(arg: str = "scene_decoder_only_256") -> Any:
@@ -72,6 +75,9 @@ def _base() -> Any:
                 # Below num_context: each batch has a random number of inputs from it on; 0: off.
                 min_context=0,
                 num_target=6,
+                # Image sizes of which each batch has one, cut out of height x width: for example
+                # ((256, 256), (256, 448), (192, 448)) with a width of 448; (): off.
+                crops=(),
                 # Two ends of a stretch of video and frames between them; any of the eight views
                 # may be a target.
                 choice="window",
@@ -167,21 +173,44 @@ def _at_512(config: Any, num_steps: int, learning_rate: float) -> Any:
     return config
 
 
+def _decoder_only(config: Any, variant: str) -> None:
+    """Raises InputError where a variant does not fit the architecture of the setting."""
+    if config.model.architecture != "decoder_only":
+        raise InputError(
+            f"variant {variant!r} changes decoder-only settings, and this one's architecture is "
+            f"{config.model.architecture!r}; choose tiny or a setting named decoder_only."
+        )
+
+
 def _one_gpu(config: Any) -> None:
+    _decoder_only(config, "one_gpu")
     config.model.layers = 6
     config.update(batch_size=64, accumulate=8)
 
 
 def _two_gpus(config: Any) -> None:
+    _decoder_only(config, "two_gpus")
     config.model.layers = 12
     config.update(batch_size=64, accumulate=4)
 
 
+def _relative(kind: str) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        # SVSM's tokens, too, all belong to cameras.
+        if config.model.architecture != "cross_attention":
+            _decoder_only(config, kind)
+        config.model.relative = kind
+
+    return change
+
+
 def _prefix(config: Any) -> None:
+    _decoder_only(config, "prefix")
     config.model.input_sees_target = False
 
 
 def _cross_attention(config: Any) -> None:
+    _decoder_only(config, "cross_attention")
     half = config.model.layers // 2
     del config.model.layers
     config.model.update(architecture="cross_attention", encoder_layers=half, decoder_layers=half)
@@ -208,13 +237,20 @@ def _tiny() -> Any:
 
 
 def _tiny_encoder_decoder() -> Any:
+    """The same tokens, and more steps: it takes the latents longest to be of use."""
     config = _tiny()
+    config.update(num_steps=6_000, ema=0.995)
+    # Cameras further apart, and inputs among the targets: to give back what it was shown is what
+    # the latents learn first.
+    config.data.update(baseline=(0.2, 0.4), rigs=("arc", "orbit"), targets_may_be_context=True)
     _encoder_decoder(config, 2, 3, 64)
     return config
 
 
 def _overfit(config: Any) -> None:
     """Four views of one scene: what the network can hold, shown on what it was trained with."""
+    if config.data.source != "procedural":
+        raise InputError("variant 'overfit' is of the tiny settings: it makes its own scene.")
     config.update(num_steps=1_500, batch_size=4, eval_every=0)
     config.optim.weight_decay = 0.0
     config.data.update(num_scenes=1, views_per_scene=4, workers=0)
@@ -235,8 +271,8 @@ SETTINGS = {
 VARIANTS = {
     "one_gpu": _one_gpu,
     "two_gpus": _two_gpus,
-    "prope": lambda config: config.model.update(relative="prope"),
-    "gta": lambda config: config.model.update(relative="gta"),
+    "prope": _relative("prope"),
+    "gta": _relative("gta"),
     "prefix": _prefix,
     "cross_attention": _cross_attention,
     "overfit": _overfit,

@@ -33,7 +33,8 @@ def make(config: Any) -> Task:
     Poses are normalised here, in training and rendering alike (Sec. 4.2; scenes only):
     `config.poses.normalize` is "all" for inputs and targets together, as published tables are
     made (what is rendered then depends on which targets are asked for at once), "inputs" for the
-    inputs alone, or "none".
+    inputs alone, or "none". In training "all" are the views that were drawn, each once:
+    extras["drawn_poses"] [b, n, 4, 4] of a batch in which views are inputs and targets, or neither.
 
     Args:
       config: a ConfigDict, or anything with its fields as attributes.
@@ -51,8 +52,10 @@ def make(config: Any) -> Task:
         # Without the weights, which cannot be shipped, training falls back to squared error alone.
         return vgg19.load(perceptual_path) if perceptual_path and perceptual_weight > 0 else None
 
-    def images(variables: Variables, context: Views, targets: Cameras) -> Array:
-        context, targets = place(context, targets)
+    def images(
+        variables: Variables, context: Views, targets: Cameras, drawn: Array | None = None
+    ) -> Array:
+        context, targets = place(context, targets, drawn)
         return cast(Array, module.apply(variables, context, targets))
 
     def init(key: Array, batch: Batch) -> Variables:
@@ -60,7 +63,8 @@ def make(config: Any) -> Task:
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
         del key  # there is no dropout
-        rendered = images(variables, batch.context, batch.target.cameras)
+        drawn = batch.extras.get("drawn_poses")
+        rendered = images(variables, batch.context, batch.target.cameras, drawn)
         truth = jnp.asarray(batch.target.images, jnp.float32)
         l2 = losses.l2(rendered, truth)
         values = {"l2": l2, "psnr": jnp.mean(metrics.psnr(rendered, truth))}
@@ -116,14 +120,17 @@ def _normalizer(poses: Any):
             "positive."
         )
 
-    def place(context: Views, targets: Cameras) -> tuple[Views, Cameras]:
+    def place(
+        context: Views, targets: Cameras, drawn: Array | None = None
+    ) -> tuple[Views, Cameras]:
         if normalize == "none":
             return context, targets
         parts = [
             jnp.asarray(part.world_from_cam, jnp.float32) for part in (context.cameras, targets)
         ]
         count, together = parts[0].shape[1], jnp.concatenate(parts, axis=1)
-        reference = together if normalize == "all" else parts[0]
+        all_views = together if drawn is None else jnp.asarray(drawn, jnp.float32)
+        reference = all_views if normalize == "all" else parts[0]
         moved = cameras.normalize_poses(together, scale, reference=reference)
         seen = dataclasses.replace(context.cameras, world_from_cam=moved[:, :count])
         return (

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from nvs_common import cameras
 from nvs_common.data import pipeline, procedural, samples, sources, views
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
@@ -60,6 +61,55 @@ def test_fewer_inputs_are_the_first_of_all():
         count = few.context.images.shape[1]
         np.testing.assert_array_equal(few.context.images, all_of_them.context.images[:, :count])
         np.testing.assert_array_equal(few.target.images, all_of_them.target.images)
+
+
+CROPS = ((16, 16), (8, 16), (16, 12))
+
+
+def test_the_size_of_images_is_a_function_of_the_step_and_rays_stay():
+    c = config(crops=CROPS, min_context=2)
+    whole, plain = sizes(c, 12), sizes(config(), 12)
+    found = {(batch.target.cameras.height, batch.target.cameras.width) for batch in whole}
+    assert found == set(CROPS)
+    for cut, full in zip(whole, plain, strict=True):
+        height, width = cut.target.cameras.height, cut.target.cameras.width
+        assert cut.context.images.shape[2:] == cut.target.images.shape[2:] == (height, width, 3)
+        top, left = (16 - height) // 2, (16 - width) // 2
+        inner = full.target.images[..., top : top + height, left : left + width, :]
+        np.testing.assert_array_equal(cut.target.images, inner)
+        of_cut, of_full = (cameras.rays(part.target.cameras)[1] for part in (cut, full))
+        inner = of_full[..., top : top + height, left : left + width, :]
+        np.testing.assert_allclose(of_cut, inner, atol=1e-6)
+    resumed = sizes(c, 4, start=8)
+    for a, b in zip(whole[8:], resumed, strict=True):
+        np.testing.assert_array_equal(a.context.images, b.context.images)
+
+
+def test_depth_is_cropped_with_its_images():
+    (batch,) = sizes(config(crops=((8, 12),), with_depth=True), 1)
+    (full,) = sizes(config(with_depth=True), 1)
+    np.testing.assert_array_equal(batch.extras["depth"], full.extras["depth"][..., 4:12, 2:14])
+
+
+@pytest.mark.parametrize("crops, says", [(((8, 32),), "8 x 32.*16 x 16"), (((8,),), "pairs")])
+def test_an_impossible_crop_is_explained(crops, says):
+    with pytest.raises(InputError, match=says):
+        pipeline.training_batches(config(crops=crops))
+
+
+@pytest.mark.parametrize("choice", ["nearest_random", "window"])
+def test_all_drawn_views_define_the_frame(choice):
+    c = config(choice=choice, nearest=5, min_distance=5, targets_may_be_context=True)
+    (batch,) = sizes(c, 1)
+    drawn = batch.extras["drawn_poses"]
+    assert drawn.shape == (2, 6, 4, 4)
+    for scene in range(2):
+        rows = {row.tobytes() for row in drawn[scene]}
+        assert len(rows) == 6
+        for part in (batch.context, batch.target):
+            assert {row.tobytes() for row in part.cameras.world_from_cam[scene]} <= rows
+    (apart,) = sizes(config(choice=choice, nearest=5, min_distance=5), 1)
+    assert "drawn_poses" not in apart.extras
 
 
 @pytest.mark.parametrize("choice, least", [("random", 5), ("window", 1)])

@@ -167,7 +167,7 @@ def test_every_setting_makes_its_model(setting):
     shapes = trained.abstract_variables(made, data.num_context, data.height, data.width)
     count = sum(x.size for x in jax.tree.leaves(shapes))
     if setting.startswith("tiny"):
-        assert count < 2e6
+        assert count < 3e6
     else:
         assert count == (173_154_816 if "encoder" in setting else 170_795_520)
     optim.make(config, made.param_axes)
@@ -183,6 +183,20 @@ def test_later_variants_make_a_model(variant):
     sharding.param_specs(shapes["params"], made.param_axes)
     module, plain = (task.make_module(c.model) for c in (config, lvsm_config.get_config("tiny")))
     assert module != plain
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        *(f"tiny_encoder_decoder,{name}" for name in ("one_gpu", "two_gpus", "prope", "prefix")),
+        "object_encoder_decoder_256,cross_attention",
+        "tiny,cross_attention,one_gpu",
+        "scene_decoder_only_256,overfit",
+    ],
+)
+def test_variants_name_the_settings_they_are_of(arg):
+    with pytest.raises(InputError, match=arg.rpartition(",")[2]):
+        lvsm_config.get_config(arg)
 
 
 def test_small_recipes_have_their_layers():

@@ -281,3 +281,12 @@ def test_a_file_cut_anywhere_or_with_a_flipped_bit_is_an_error(tmp_path):
     (tmp_path / "flipped.pt").write_bytes(flipped.getvalue())
     with pytest.raises(errors.InputError, match="Bad CRC"):
         torch_weights.read(tmp_path / "flipped.pt")
+
+
+def test_compressed_arrays_unpack_to_a_limit(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", **STATE)
+    equal(torch_weights.read(tmp_path / "a.npz"), STATE)
+    monkeypatch.setattr(torch_weights, "_SMALL", 2**16)
+    np.savez_compressed(tmp_path / "b.npz", a=np.zeros(2**16, np.float32))
+    with pytest.raises(errors.InputError, match="b.npz: its compressed arrays would unpack"):
+        torch_weights.read(tmp_path / "b.npz")

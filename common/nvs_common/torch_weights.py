@@ -26,6 +26,9 @@ _MAX_VALUES = 2**22
 _MAX_DEPTH = 64
 # Tensors may be views of one storage; all of them together are no more than this many files.
 _MAX_COPIES = 16
+# Compressed arrays unpack to no more than this many files, or to this many bytes. Weights hardly
+# shrink at all; a few that are all zero do.
+_MAX_EXPANSION, _SMALL = 16, 2**28
 
 
 def read(
@@ -62,6 +65,13 @@ def _read_npz(path: pathlib.Path, wanted: Callable[[str], bool]) -> dict[str, An
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("a single array, not an archive")
     with archive:
+        # Reading an entry stops at the size that is written here.
+        unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+        if unpacked > max(_SMALL, _MAX_EXPANSION * path.stat().st_size):
+            raise InputError(
+                f"{path}: its compressed arrays would unpack to {unpacked / 1e9:.1f} GB, far more "
+                "than weights compress to; write them with numpy.savez, uncompressed."
+            )
         return {name: archive[name] for name in archive.files if wanted(name)}
 
 

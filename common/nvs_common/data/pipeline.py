@@ -83,10 +83,12 @@ def training_batches(
     views = rows * (sampler.num_context + sampler.num_target)
     batch_bytes = views * first.height * first.width * 3 * np.dtype(np.float32).itemsize
     workers = config.data.workers if _fits_shared_memory(config.data.workers, batch_bytes) else 0
-    sizes = functools.partial(samples.DrawContextSize, config.seed, sampler.min_context)
-    return BatchIterator(
-        sequence, config.batch_size, shard, workers, sizes if sampler.min_context else None
-    )
+    shapes = None
+    if sampler.min_context or sampler.crops:
+        shapes = functools.partial(samples.DrawShape, config.seed, sampler)
+    for size in sampler.crops:
+        samples.crop_window(first, size)  # before anything is read
+    return BatchIterator(sequence, config.batch_size, shard, workers, shapes)
 
 
 def sample_sequence(source: Any, sampler: samples.Sampler, seed: int) -> grain.MapDataset:
@@ -133,13 +135,13 @@ class BatchIterator(Iterator[Batch]):
         batch_size: int,
         shard: grain.sharding.ShardOptions,
         workers: int,
-        sizes: Callable[[int], samples.DrawContextSize] | None = None,
+        shapes: Callable[[int], samples.DrawShape] | None = None,
     ):
         self._sequence = sequence
         self._batch_size = batch_size
         self._shard = shard
         self._workers = workers
-        self._sizes = sizes
+        self._shapes = shapes
         self._step = 0
         self._chain: Any = None
         _iterators.add(self)
@@ -182,8 +184,8 @@ class BatchIterator(Iterator[Batch]):
         rows = self._sequence.slice(slice(first, first + _ENDLESS, self._shard.shard_count))
         # Batched here, before workers: whole batches are handed out, in order.
         batches = rows.batch(self._batch_size // self._shard.shard_count, batch_fn=samples.stack)
-        if self._sizes is not None:
-            batches = batches.map_with_index(self._sizes(self._step))
+        if self._shapes is not None:
+            batches = batches.map_with_index(self._shapes(self._step))
         if not self._workers:
             reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
             return iter(batches.to_iter_dataset(reading))

@@ -29,9 +29,12 @@ class Sampler:
       nearest: the pool of nearest views of "nearest_random".
       min_distance: least frame distance of "window".
       max_distance: greatest frame distance of "window".
-      targets_may_be_context: of "nearest_random" and "window".
+      targets_may_be_context: of "nearest_random" and "window". Some of the drawn views are then
+        targets too, or neither; extras["drawn_poses"] [v + t, 4, 4] has the poses of all of them.
       min_context: with 1 or more, every batch has a number of context views drawn from
         [min_context, num_context], the same for all of its scenes; 0: always num_context.
+      crops: (height, width) of which one is drawn for every batch; its images are cropped to that
+        size around their middle. Empty: no cropping.
       skip_short_scenes: leave out a folder's scenes with too few views, which are an error
         otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
@@ -48,6 +51,7 @@ class Sampler:
     max_distance: int = 192
     targets_may_be_context: bool = False
     min_context: int = 0
+    crops: tuple[tuple[int, int], ...] = ()
     skip_short_scenes: bool = False
     hold_out_every: int = 8
     with_depth: bool = False
@@ -75,6 +79,9 @@ class Sampler:
                 f"data.min_context={self.min_context}: expected 0 (off) or a number from {fewest} "
                 f"to data.num_context={self.num_context}."
             )
+
+        if any(len(size) != 2 or min(size) < 1 for size in self.crops):
+            raise InputError(f"data.crops={self.crops}: expected pairs (height, width) of pixels.")
 
     def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
         """Indices of the views that training may use."""
@@ -111,7 +118,8 @@ class Sampler:
             )
         else:
             drawn = views.random(len(allowed), rng, name=name, **counts)
-        return views.Choice(allowed[drawn.context], allowed[drawn.target])
+        parts = (drawn.context, drawn.target, drawn.drawn)
+        return views.Choice(*(None if part is None else allowed[part] for part in parts))
 
     @property
     def fewest_views(self) -> int:
@@ -229,22 +237,59 @@ class DrawSample:
         logging.warning("Replacing bad scene (%d of at most %d): %s", len(self._bad), most, error)
 
 
-class DrawContextSize:
-    """Step and batch -> the batch with the number of context views of that step.
+class DrawShape:
+    """Step and batch -> the batch with the number of inputs and the image size of that step.
 
-    The number depends on (seed, step) alone; the first views stay, which are the ends of a
-    `views.window`. A training step is compiled once for each number.
+    Both depend on (seed, step) alone, on every host; the first inputs stay, which are the ends of
+    a `views.window`. A training step is compiled once for each shape.
     """
 
-    def __init__(self, seed: int, least: int, first_step: int):
-        self._seed, self._least, self._first_step = seed, least, first_step
+    def __init__(self, seed: int, sampler: Sampler, first_step: int):
+        self._seed, self._sampler, self._first_step = seed, sampler, first_step
 
     def __call__(self, index: int, batch: Batch) -> Batch:
-        most = batch.context.images.shape[1]
+        sampler = self._sampler
         rng = np.random.default_rng([self._seed, self._first_step + int(index)])
-        count = int(rng.integers(self._least, most + 1))
-        images, cameras = batch.context.images[:, :count], batch.context.cameras[:, :count]
-        return dataclasses.replace(batch, context=Views(images, cameras))
+        context, target, extras = batch.context, batch.target, dict(batch.extras)
+        if sampler.min_context:
+            count = int(rng.integers(sampler.min_context, context.images.shape[1] + 1))
+            context = Views(context.images[:, :count], context.cameras[:, :count])
+        if sampler.crops:
+            size = sampler.crops[int(rng.integers(len(sampler.crops)))]
+            if "depth" in extras:
+                extras["depth"] = extras["depth"][..., *crop_window(target.cameras, size)]
+            context, target = crop(context, size), crop(target, size)
+        return Batch(context, target, extras)
+
+
+def crop(part: Views, size: tuple[int, int]) -> Views:
+    """The middle (height, width) pixels of views [...], whose rays stay what they were.
+
+    Raises:
+      InputError: see `crop_window`.
+    """
+    rows, columns = crop_window(part.cameras, size)
+    intrinsics = np.array(part.cameras.intrinsics)
+    intrinsics[..., 2:] -= np.array([columns.start, rows.start], intrinsics.dtype)
+    cameras = dataclasses.replace(
+        part.cameras, intrinsics=intrinsics, height=size[0], width=size[1]
+    )
+    return Views(part.images[..., rows, columns, :], cameras)
+
+
+def crop_window(cameras: Cameras, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the middle of an image.
+
+    Raises:
+      InputError: the images are smaller.
+    """
+    if size[0] > cameras.height or size[1] > cameras.width:
+        raise InputError(
+            f"data.crops has {size[0]} x {size[1]} pixels, but images are {cameras.height} x "
+            f"{cameras.width}: make data.height and data.width the largest sides of all crops."
+        )
+    top, left = (cameras.height - size[0]) // 2, (cameras.width - size[1]) // 2
+    return slice(top, top + size[0]), slice(left, left + size[1])
 
 
 def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:
@@ -253,10 +298,14 @@ def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> B
     Targets take their near and far from the context, see `views.bounded`.
 
     Returns:
-      A `Batch` without the scene axis: context Views [v], target Views [t], float32, and with
-      `with_depth` extras["depth"] [t, h, w] in z.
+      A `Batch` without the scene axis: context Views [v], target Views [t], float32, with
+      `with_depth` extras["depth"] [t, h, w] in z, and extras["drawn_poses"] [v + t, 4, 4] where
+      the choice says which views it was made from.
     """
     extras = {}
+    if choice.drawn is not None:
+        poses = scene.cameras[choice.drawn].world_from_cam
+        extras["drawn_poses"] = np.asarray(poses, np.float32)
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
     context, target = _views(scene, choice.context), _views(scene, choice.target)

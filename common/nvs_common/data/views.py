@@ -16,10 +16,18 @@ from nvs_common.types import Cameras
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Indices into a scene's views: context [v] in the order the model sees them, target [t]."""
+    """Indices into a scene's views.
+
+    Attributes:
+      context: [v] in the order the model sees them.
+      target: [t].
+      drawn: [v + t] the different views of which both were drawn, where views may be both, or
+        neither; None where they are the two above.
+    """
 
     context: np.ndarray
     target: np.ndarray
+    drawn: np.ndarray | None = None
 
 
 def centers(cameras: Cameras) -> np.ndarray:
@@ -99,9 +107,10 @@ def nearest_random(
     drawn = rng.permutation(near)
     target = np.concatenate([[first], drawn[: num_target - 1]])
     context = drawn[num_target - 1 :][:num_context]
-    if targets_may_be_context:
-        target = rng.permutation(np.concatenate([context, target]))[:num_target]
-    return Choice(context, target)
+    if not targets_may_be_context:
+        return Choice(context, target)
+    drawn = np.concatenate([context, target])
+    return Choice(context, rng.permutation(drawn)[:num_target], drawn)
 
 
 def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
@@ -188,9 +197,10 @@ def window(
     between = rng.permutation(np.arange(start + 1, start + length))[: distinct - 2]
     context = np.concatenate([[start, start + length], between[: num_context - 2]])
     target = between[num_context - 2 :]
-    if targets_may_be_context:
-        target = rng.permutation(np.concatenate([context, target]))[:num_target]
-    return Choice(context, np.sort(target))
+    if not targets_may_be_context:
+        return Choice(context, np.sort(target))
+    drawn = np.concatenate([context, target])
+    return Choice(context, np.sort(rng.permutation(drawn)[:num_target]), drawn)
 
 
 def shortest_window(num_context: int, num_target: int, min_distance: int) -> int:
