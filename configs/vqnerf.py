@@ -11,6 +11,7 @@ losses, no schedule and no network sizes: these are NeuS's (arXiv 2106.10689), b
 `vqnerf_jax/supervision.py`. Variants follow after commas:
 
 - `womask`: no masks; the cosine ratio is annealed, as NeuS does without masks;
+- `neus`: the field alone, at full resolution, without latents and decoder;
 - `volsdf`, `continuous`, `fsq`: another renderer, or other latents;
 - `no_global`, `no_semantic`: without the full-resolution branch, or the loss on CLIP's embeddings.
 """
@@ -76,6 +77,9 @@ def _base() -> Any:
                 keep_in_memory=True,
                 workers=4,
                 max_bad_scenes=0,
+                # Which one of the source "procedural_object".
+                object=0,
+                with_mask=False,
             ),
             eval=dict(source="", num_scenes=1, views=8, photo_size=(512, 512)),
             model=dict(
@@ -86,6 +90,8 @@ def _base() -> Any:
                 full_resolution=False,
                 center=(0.0, 0.0, 0.0),
                 radius=1.0,
+                # Photographs with alpha are composited on white: (1, 1, 1) then.
+                background=(0.0, 0.0, 0.0),
                 chunk=512,
                 field=dict(rgb_layers=2),
                 vqgan=dict(num_codes=2048, code_width=16, beta_on="commitment"),
@@ -104,6 +110,7 @@ def _base() -> Any:
                 clip_weights="",
                 latent_crop=64,
                 global_rays=512,
+                foreground=0.0,
                 anneal_steps=0,
             ),
         )
@@ -121,13 +128,14 @@ def _dtu() -> Any:
 
 
 def _tiny() -> Any:
-    """Small networks for a CPU; what they learn has not been measured yet."""
+    """Small networks for a CPU, on an object with masks over white."""
     config = _base()
-    config.update(num_steps=600, log_every=50, eval_every=300, checkpoint_every=300)
-    config.optim.update(learning_rate=2e-3, warmup_steps=50)
-    config.data.update(height=64, width=64, views_per_scene=12, workers=1, source="procedural")
-    config.eval.update(views=1, photo_size=(64, 64))
-    config.model.chunk = 256
+    config.update(num_steps=2000, log_every=100, eval_every=1000, checkpoint_every=500)
+    config.optim.update(learning_rate=2e-3, warmup_steps=100)
+    config.data.update(height=96, width=96, views_per_scene=64, num_target=4, workers=0)
+    config.data.update(source="procedural_object", with_mask=True)
+    config.eval.update(views=2, photo_size=(96, 96))
+    config.model.update(background=(1.0, 1.0, 1.0), chunk=256)
     config.model.field = ConfigDict(
         dict(
             layers=4,
@@ -154,12 +162,18 @@ def _tiny() -> Any:
             beta_on="commitment",
         )
     )
-    config.loss.update(latent_crop=12, global_rays=128)
+    config.loss.update(latent_crop=6, global_rays=64, foreground=0.6, mask_weight=0.1)
     return config
 
 
 def _womask(config: Any) -> None:
     config.loss.update(mask_weight=0.0, anneal_steps=50_000)
+
+
+def _neus(config: Any) -> None:
+    """The field alone, rendered at full resolution: what the decoder is measured against."""
+    config.loss.update(decoded_weight=0.0, regression_weight=0.0, clip_weight=0.0)
+    config.model.full_resolution = True
 
 
 def _volsdf(config: Any) -> None:
@@ -187,6 +201,7 @@ def _no_semantic(config: Any) -> None:
 SETTINGS = {"tiny": _tiny, "object": _base, "dtu": _dtu}
 VARIANTS = {
     "womask": _womask,
+    "neus": _neus,
     "volsdf": _volsdf,
     "continuous": _continuous,
     "fsq": _fsq,

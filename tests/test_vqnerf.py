@@ -98,7 +98,7 @@ def test_a_window_shows_what_its_cameras_see():
     u = np.broadcast_to(np.arange(8.0)[None, :, None], (8, 8, 1))
     uv = np.concatenate([u, u.transpose(1, 0, 2), 0 * u], axis=-1).astype(np.float32) + 0.5
     targets = targets.replace(images=np.stack([uv, uv]))
-    cut = supervision.crops(small(), targets, None, 3, jax.random.key(1))
+    cut = supervision.crops(small(), targets, 3, jax.random.key(1))
     assert cut.images.shape == (2, 6, 6, 3)
     origins, directions = cameras.rays(cut.cameras)
     seen, _ = cameras.project(targets.cameras, origins + 2 * directions)

@@ -83,9 +83,9 @@ def make_model(fields: Mapping[str, Any]) -> tuple[model.Model, Any]:
             )
     settings.setdefault("latent_channels", autoencoder.code_width)
     renderer = field.SDFField(**_plain("model.field", settings, field.SDFField))
-    shared = ("latent", "decoder", "radius", "chunk")
-    options: dict[str, Any] = {name: fields[name] for name in shared}
-    return model.Model(renderer, autoencoder, center=tuple(fields["center"]), **options), loaded
+    options: dict[str, Any] = {n: fields[n] for n in ("latent", "decoder", "radius", "chunk")}
+    options |= {name: tuple(fields[name]) for name in ("center", "background")}
+    return model.Model(renderer, autoencoder, **options), loaded
 
 
 def _plain(where: str, fields: Mapping[str, Any], kind: Any) -> dict[str, Any]:

@@ -25,12 +25,13 @@ MAX_SHOWN = 24
 # Pictures up to this many pixels are PNG, larger ones JPEG: a page stays small enough to mail.
 _PNG_PIXELS = 128 * 256
 
-_DIGITS = {"psnr": 2, "ssim_gaussian": 4, "ssim_sample": 4, "lpips": 4}
+_DIGITS = {"psnr": 2, "ssim_gaussian": 4, "ssim_sample": 4, "lpips": 4, "psnr_masked": 2}
 _LABELS = {
     "psnr": "PSNR (dB) ↑",
     "ssim_gaussian": "SSIM gaussian ↑",
     "ssim_sample": "SSIM sample ↑",
     "lpips": "LPIPS ↓",
+    "psnr_masked": "PSNR within the mask (dB) ↑",
 }
 
 
