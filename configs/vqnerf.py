@@ -12,6 +12,7 @@ losses, no schedule and no network sizes: these are NeuS's (arXiv 2106.10689), b
 
 - `womask`: no masks; the cosine ratio is annealed, as NeuS does without masks;
 - `neus`: the field alone, at full resolution, without latents and decoder;
+- `noattn`: no attention in the decoder's middle;
 - `volsdf`, `continuous`, `fsq`: another renderer, or other latents;
 - `no_global`, `no_semantic`: without the full-resolution branch, or the loss on CLIP's embeddings.
 """
@@ -132,22 +133,28 @@ def _tiny() -> Any:
     config = _base()
     config.update(num_steps=2000, log_every=100, eval_every=1000, checkpoint_every=500)
     config.optim.update(learning_rate=2e-3, warmup_steps=100)
+    config.optim.rates = (("field/grids", 5.0),)
     config.data.update(height=96, width=96, views_per_scene=64, num_target=4, workers=0)
     config.data.update(source="procedural_object", with_mask=True)
     config.eval.update(views=2, photo_size=(96, 96))
-    config.model.update(background=(1.0, 1.0, 1.0), chunk=256)
+    config.model.update(background=(1.0, 1.0, 1.0), chunk=4096)
     config.model.field = ConfigDict(
         dict(
-            layers=4,
+            layers=1,
             hidden=64,
-            features=32,
-            skips=(2,),
-            color_layers=2,
+            features=15,
+            octaves=1,
+            skips=(),
+            grids=(16, 32, 64),
+            grid_channels=4,
+            color_layers=1,
             color_hidden=64,
+            color_octaves=2,
             rgb_layers=2,
             samples=24,
             importance=16,
             rounds=2,
+            precision="default",
         )
     )
     config.model.vqgan = ConfigDict(
@@ -176,6 +183,11 @@ def _neus(config: Any) -> None:
     config.model.full_resolution = True
 
 
+def _noattn(config: Any) -> None:
+    """Attention among all latents grows with the square of their number."""
+    config.model.vqgan.mid_attention = False
+
+
 def _volsdf(config: Any) -> None:
     config.model.field.renderer = "volsdf"
 
@@ -202,6 +214,7 @@ SETTINGS = {"tiny": _tiny, "object": _base, "dtu": _dtu}
 VARIANTS = {
     "womask": _womask,
     "neus": _neus,
+    "noattn": _noattn,
     "volsdf": _volsdf,
     "continuous": _continuous,
     "fsq": _fsq,

@@ -203,7 +203,8 @@ def render_views(
 def param_axes(model: Model) -> dict[str, Names]:
     """Logical axes of all parameters, for the rows that this model has."""
     axes: dict[str, Names] = {"empty": (None,)}
-    axes |= {f"field/({pattern})": names for pattern, names in field.PARAM_AXES.items()}
+    own = {row: n for row, n in field.PARAM_AXES.items() if model.field.grids or "grids" not in row}
+    axes |= {f"field/({pattern})": names for pattern, names in own.items()}
     axes |= {f"vqgan/({p})": names for p, names in vqgan.param_axes(model.vqgan).items()}
     return axes
 
