@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/vqnerf.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/vqnerf.py:object --workdir=runs/object \\
-        --config.data.source=PATH --config.model.vqgan_weights=FILE \\
+        --config.data.source=PATH --config.model.vqgan_weights=FILE --config.model.decoder=last \\
         --config.model.center=0,0,0 --config.model.radius=1.0
 
 One run is one scene. What is of interest lies in the sphere of `model.center` and `model.radius`;
@@ -11,6 +11,7 @@ losses, no schedule and no network sizes: these are NeuS's (arXiv 2106.10689), b
 `vqnerf_jax/supervision.py`. Variants follow after commas:
 
 - `womask`: no masks; the cosine ratio is annealed, as NeuS does without masks;
+- `pretrained`: with the file of an auto-encoder, latents first learn what its encoder gives;
 - `neus`: the field alone, at full resolution, without latents and decoder;
 - `noattn`: no attention in the decoder's middle;
 - `volsdf`, `continuous`, `fsq`: another renderer, or other latents;
@@ -71,6 +72,8 @@ def _base() -> Any:
                 choice="random",
                 nearest=16,
                 hold_out_every=8,
+                # A published split in place of every eighth view, such as dtu/scan24/32.
+                split="",
                 num_scenes=1,
                 views_per_scene=64,
                 baseline=(0.03, 0.12),
@@ -80,7 +83,7 @@ def _base() -> Any:
                 max_bad_scenes=0,
                 # Which one of the source "procedural_object".
                 object=0,
-                with_mask=False,
+                with_mask=True,
             ),
             eval=dict(source="", num_scenes=1, views=8, photo_size=(512, 512)),
             model=dict(
@@ -91,8 +94,8 @@ def _base() -> Any:
                 full_resolution=False,
                 center=(0.0, 0.0, 0.0),
                 radius=1.0,
-                # Photographs with alpha are composited on white: (1, 1, 1) then.
-                background=(0.0, 0.0, 0.0),
+                # Photographs with alpha are composited on white; black with files of masks.
+                background=(1.0, 1.0, 1.0),
                 chunk=512,
                 field=dict(rgb_layers=2),
                 vqgan=dict(num_codes=2048, code_width=16, beta_on="commitment"),
@@ -102,7 +105,7 @@ def _base() -> Any:
                 decoded_weight=1.0,
                 global_weight=1.0,
                 eikonal_weight=0.1,
-                mask_weight=0.0,
+                mask_weight=0.1,
                 quantizer_weight=1.0,
                 regression_weight=0.0,
                 regression_steps=50_000,
@@ -135,9 +138,9 @@ def _tiny() -> Any:
     config.optim.update(learning_rate=2e-3, warmup_steps=100)
     config.optim.rates = (("field/grids", 5.0),)
     config.data.update(height=96, width=96, views_per_scene=64, num_target=4, workers=0)
-    config.data.update(source="procedural_object", with_mask=True)
+    config.data.source = "procedural_object"
     config.eval.update(views=2, photo_size=(96, 96))
-    config.model.update(background=(1.0, 1.0, 1.0), chunk=4096)
+    config.model.chunk = 4096
     config.model.field = ConfigDict(
         dict(
             layers=1,
@@ -159,22 +162,30 @@ def _tiny() -> Any:
     )
     config.model.vqgan = ConfigDict(
         dict(
-            channels=(16, 16, 32),
+            # As configs/vqgan.py:tiny, whose weights fit.
+            channels=(16, 32, 64),
             blocks=1,
             latent_channels=8,
-            num_codes=128,
+            num_codes=256,
             code_width=8,
             groups=8,
             mid_attention=False,
             beta_on="commitment",
         )
     )
-    config.loss.update(latent_crop=6, global_rays=64, foreground=0.6, mask_weight=0.1)
+    config.loss.update(latent_crop=6, global_rays=64, foreground=0.6)
     return config
 
 
 def _womask(config: Any) -> None:
-    config.loss.update(mask_weight=0.0, anneal_steps=50_000)
+    config.data.with_mask = False
+    config.model.background = (0.0, 0.0, 0.0)
+    config.loss.update(mask_weight=0.0, foreground=0.0, anneal_steps=50_000)
+
+
+def _pretrained(config: Any) -> None:
+    """The encoder's latents of the true images are a dense signal while it lasts (ours)."""
+    config.loss.update(regression_weight=1.0, regression_steps=config.num_steps // 2)
 
 
 def _neus(config: Any) -> None:
@@ -213,6 +224,7 @@ def _no_semantic(config: Any) -> None:
 SETTINGS = {"tiny": _tiny, "object": _base, "dtu": _dtu}
 VARIANTS = {
     "womask": _womask,
+    "pretrained": _pretrained,
     "neus": _neus,
     "noattn": _noattn,
     "volsdf": _volsdf,

@@ -9,6 +9,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
   vqnerf           time and memory of rendering every pixel against latents and their decoder, at
                    the published sizes or those of --config; images of three sizes or of --size
+  vqnerf_ablation  trains VQ-NeRF without quantisation, without its full-resolution branch, with
+                   other codebooks, for --steps each on the procedural object of --config
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -59,6 +61,7 @@ from launch import (
     path_flicker,
     tasks,
     trained,
+    vqnerf_variants,
     vqnerf_costs,
 )
 from nvs_common import errors, runs, train
@@ -184,6 +187,13 @@ def vqnerf() -> Iterator[str]:
     sizes = vqnerf_costs.SIZES if _SIZE.value is None else (_size(None),)
     most = dict(rays=_RAYS.value, latents=_LATENTS.value)
     yield from vqnerf_costs.study(ours, sizes, repeats=_REPEATS.value, **most)
+
+
+def vqnerf_ablation() -> list[str]:
+    """VQ-NeRF's parts, each left out."""
+    config: Any = _CONFIG.value or cli.load_config("configs/vqnerf.py:tiny")
+    steps = config.num_steps if _STEPS.value is None else _STEPS.value
+    return vqnerf_variants.study(config, steps, _VARIANTS.value or ())
 
 
 def quark_sizes() -> Iterator[str]:
@@ -321,6 +331,7 @@ BENCHMARKS = {
     "quark_temporal": quark_temporal,
     "lvsm": lvsm,
     "vqnerf": vqnerf,
+    "vqnerf_ablation": vqnerf_ablation,
 }
 
 

@@ -35,7 +35,9 @@ def draw(mesh: Mesh, side: np.ndarray, size: int) -> np.ndarray:
     steps = max(2, int(np.ceil(np.abs(np.diff(corners, axis=1)).max() * size)) + 1)
     u, v = np.meshgrid(np.linspace(0, 1, steps), np.linspace(0, 1, steps))
     u, v = (x[u + v <= 1 + 1e-9][:, None, None] for x in (u, v))
-    points = corners[:, 0] + u * (corners[:, 1] - corners[:, 0]) + v * (corners[:, 2] - corners[:, 0])
+    points = (
+        corners[:, 0] + u * (corners[:, 1] - corners[:, 0]) + v * (corners[:, 2] - corners[:, 0])
+    )
     points, shades = points.reshape(-1, 3), np.tile(shade, len(u))
     pixel = np.clip(((points[:, :2] + 1) / 2 * size).astype(int), 0, size - 1)
     image = np.ones((size, size))

@@ -62,7 +62,10 @@ def main(_) -> int:
     found = {"images": len(scores), "psnr": psnr, "ssim": ssim, "step": model.step}
     if np.ndim(total):
         counts = jnp.asarray(total, jnp.float32)
-        found |= {"perplexity": float(codes.perplexity(counts)), "usage": float(codes.usage(counts))}
+        found |= {
+            "perplexity": float(codes.perplexity(counts)),
+            "usage": float(codes.usage(counts)),
+        }
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     Image.fromarray(panels.to_uint8(np.concatenate(shown, axis=1))).save(out / "pictures.png")
@@ -105,7 +108,9 @@ def _export(module: Any, variables: Any) -> None:
         raise InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{path}: --config.model.vqgan_weights={path} --config.model.vqgan.groups={module.groups}")
+    print(
+        f"{path}: --config.model.vqgan_weights={path} --config.model.vqgan.groups={module.groups}"
+    )
 
 
 if __name__ == "__main__":

@@ -85,9 +85,7 @@ def study(
     )
 
 
-def render(
-    ours: model.Model, params: Any, number: int, most: int, what: str, repeats: int
-) -> Part:
+def render(ours: model.Model, params: Any, number: int, most: int, what: str, repeats: int) -> Part:
     """Colours or latents of some of `number` rays towards the sphere."""
     count = min(number, most)
     rays = _rays(count)
@@ -101,9 +99,7 @@ def render(
     return _measure(run, (params, rays), count / number, repeats)
 
 
-def decode(
-    ours: model.Model, params: Any, size: tuple[int, int], most: int, repeats: int
-) -> Part:
+def decode(ours: model.Model, params: Any, size: tuple[int, int], most: int, repeats: int) -> Part:
     """Codes looked up and decoded, of the upper rows of an image's latents."""
     rows, columns = (side // ours.vqgan.factor for side in size)
     kept = rows if ours.vqgan.mid_attention else min(rows, max(1, most // columns))

@@ -25,12 +25,16 @@ def test_linear_functions_are_read_exactly_with_their_gradients():
     for channel, value in enumerate((wanted, 0.5, wanted, 0.5)):
         np.testing.assert_allclose(found[..., channel], jnp.broadcast_to(value, (5, 3)), atol=1e-5)
     slope = jax.grad(lambda p: grids.lookup(made, p)[..., 0].sum())(points)
-    np.testing.assert_allclose(slope, jnp.broadcast_to(jnp.asarray([1.0, 2, 3]), (5, 3, 3)), rtol=1e-4)
+    np.testing.assert_allclose(
+        slope, jnp.broadcast_to(jnp.asarray([1.0, 2, 3]), (5, 3, 3)), rtol=1e-4
+    )
 
 
 def test_the_border_is_continued():
     made = {"level_0": linear(4)}
-    ends = grids.lookup(made, jnp.asarray([[1.0, 1, 1], [3.0, 1, 1], [-1.0, -1, -1], [-9.0, -1, -1]]))
+    ends = grids.lookup(
+        made, jnp.asarray([[1.0, 1, 1], [3.0, 1, 1], [-1.0, -1, -1], [-9.0, -1, -1]])
+    )
     np.testing.assert_allclose(ends[:, 0], [6, 6, -6, -6], atol=1e-5)
 
 

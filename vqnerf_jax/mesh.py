@@ -21,6 +21,10 @@ BLOCK = 64
 SUFFIXES = (".ply", ".obj", ".glb")
 
 
+class NoSurface(InputError):
+    """A distance that has one sign everywhere."""
+
+
 class NoTriangles(InputError):
     """A file that holds points, and no triangles."""
 
@@ -59,7 +63,8 @@ def extract(
       The mesh in the frame of the points.
 
     Raises:
-      InputError: a distance that is not finite, no surface in the box, or no scikit-image.
+      InputError: a distance that is not finite, or no scikit-image.
+      NoSurface: no surface in the box.
     """
     if resolution < 1 or block < 1:
         raise InputError(f"mesh: resolution={resolution} and block={block} must be at least 1.")
@@ -75,7 +80,7 @@ def extract(
             faces.append(piece.faces + count)
             count += len(piece.vertices)
     if not count:
-        raise InputError(
+        raise NoSurface(
             f"mesh: no surface between {low} and {high}; the distance has one sign there. Train "
             "longer, or choose another box."
         )

@@ -114,9 +114,7 @@ def make_parts(config: Any) -> Parts:
     return Parts(vqgan.VQGAN(**fields), opponent, weights, lpips)
 
 
-def train_loss(
-    parts: Parts, variables: Variables, images: Array, key: Array
-) -> tuple[Array, Aux]:
+def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) -> tuple[Array, Aux]:
     """The loss of images [n, h, w, 3] in [0, 1], and the terms by name."""
     module, weights = parts.module, parts.weights
     params, step = variables["params"], variables["schedule"]["step"]
@@ -145,9 +143,7 @@ def train_loss(
     return total, Aux({"loss": total, **terms, **values}, {"schedule": schedule, **state})
 
 
-def reconstruct(
-    module: vqgan.VQGAN, variables: Variables, images: Array
-) -> vqgan.Reconstruction:
+def reconstruct(module: vqgan.VQGAN, variables: Variables, images: Array) -> vqgan.Reconstruction:
     """Images [n, h, w, 3] in [0, 1] through the auto-encoder of a trained run's variables."""
     held = {"params": variables["params"]["vqgan"]}
     if "codes" in variables:
@@ -197,9 +193,7 @@ def _adversarial(
     judge = params["discriminator"]
     real = _judge(parts, judge, images)
     return {
-        "adversarial": discriminator.deceive(
-            _judge(parts, jax.lax.stop_gradient(judge), decoded)
-        ),
+        "adversarial": discriminator.deceive(_judge(parts, jax.lax.stop_gradient(judge), decoded)),
         "discriminator": discriminator.hinge(
             real, _judge(parts, judge, jax.lax.stop_gradient(decoded))
         ),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvs_common import baselines, metrics, panels, rendering
-from nvs_common.data import views
+from nvs_common.data import splits, views
 from nvs_common.errors import InputError
 from nvs_common.types import Task, Variables, Views
 
@@ -45,6 +45,7 @@ class Protocol:
     Attributes:
       num_inputs: inputs of each target, the nearest by distance of camera centres.
       hold_out_every: every so-manieth view, from the first, is a target and never an input.
+      split: name of a published split, in place of hold_out_every; see `data.splits`.
       size: (height, width) that scenes are resized to, None for their own.
       border: pixels cut off on each side before images are compared.
       ssim: the flavour that tables show, "gaussian" or "sample"; both are computed.
@@ -53,6 +54,7 @@ class Protocol:
 
     num_inputs: int = 8
     hold_out_every: int = 8
+    split: str = ""
     size: tuple[int, int] | None = None
     border: int = 0
     ssim: metrics.SSIMFlavour = "gaussian"
@@ -184,7 +186,7 @@ def quick(task: Task, variables: Variables, source: Any, config) -> Evaluation:
     """
     size = (config.data.height, config.data.width)
     every = config.data.get("hold_out_every", 8) or 8
-    protocol = Protocol(config.data.num_context, every)
+    protocol = Protocol(config.data.num_context, every, config.data.get("split", ""))
     per_scene = config.eval.get("views", 1)
     values, images = [], {}
     for number in range(min(len(source), config.eval.num_scenes)):
@@ -250,7 +252,10 @@ class _View(NamedTuple):
 
 
 def _plan(name: str, scene: Any, protocol: Protocol) -> _Plan:
-    split = views.split_every(len(scene.names), protocol.hold_out_every)
+    count = len(scene.names)
+    split = views.split_every(count, protocol.hold_out_every)
+    if protocol.split:
+        split = splits.choose(protocol.split, count)
     cameras = scene.cameras
     inputs = rendering.nearest_inputs(
         cameras, cameras[split.target], protocol.num_inputs, allowed=split.context, name=name

@@ -156,7 +156,7 @@ def _protocol(protocol: Protocol) -> dict[str, Any]:
     size = "of each scene" if protocol.size is None else "{} x {}".format(*protocol.size)
     return {
         "inputs": f"{protocol.num_inputs} nearest by distance of camera centres",
-        "held out": f"every {protocol.hold_out_every}th view, from the first",
+        "held out": protocol.split or f"every {protocol.hold_out_every}th view, from the first",
         "image size (h x w)": size,
         "border left out": f"{protocol.border} pixels",
         "near and far": "smallest and greatest of the inputs'",

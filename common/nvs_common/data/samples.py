@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from nvs_common.data import sources, views
+from nvs_common.data import sources, splits, views
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Views
 
@@ -35,6 +35,8 @@ class Sampler:
       skip_short_scenes: leave out a folder's scenes with too few views, which are an error
         otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
+      split: name of a published split that says which views of a folder's scene training has, in
+        place of hold_out_every, see `splits`.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
       with_mask: adds the share of the targets' pixels that the object covers, [t, h, w], as
         extras["mask"].
@@ -52,6 +54,7 @@ class Sampler:
     min_context: int = 0
     skip_short_scenes: bool = False
     hold_out_every: int = 8
+    split: str = ""
     with_depth: bool = False
     with_mask: bool = False
     max_bad_scenes: int = 0
@@ -81,6 +84,8 @@ class Sampler:
 
     def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
         """Indices of the views that training may use."""
+        if self.split and folder:
+            return splits.choose(self.split, len(scene.names)).context
         every = self.hold_out_every if folder else 0
         return views.split_every(len(scene.names), every).context
 
