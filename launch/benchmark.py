@@ -61,8 +61,8 @@ from launch import (
     path_flicker,
     tasks,
     trained,
-    vqnerf_variants,
     vqnerf_costs,
+    vqnerf_variants,
 )
 from nvs_common import errors, runs, train
 from nvs_common.data import pipeline, sources

@@ -17,7 +17,6 @@ from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
 from vqnerf_jax import clip, field, model, supervision, vqgan, vqgan_weights
 
-
 # Fields of an auto-encoder that its arrays do not tell: how it was trained, how attention is run.
 _UNTOLD = ("beta", "update", "decay", "restart_below", "kmeans_steps", "gradient", "attention")
 
