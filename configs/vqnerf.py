@@ -136,7 +136,7 @@ def _tiny() -> Any:
     config = _base()
     config.update(num_steps=2000, log_every=100, eval_every=1000, checkpoint_every=500)
     config.optim.update(learning_rate=2e-3, warmup_steps=100)
-    config.optim.rates = (("field/grids", 5.0),)
+    config.optim.rates = (("field/grids", 5.0), ("vqgan", 0.5))
     config.data.update(height=96, width=96, views_per_scene=64, num_target=4, workers=0)
     config.data.source = "procedural_object"
     config.eval.update(views=2, photo_size=(96, 96))
