@@ -361,7 +361,8 @@ def _folder(config, name: str, max_bad: int) -> FolderScenes | LazyScenes:
         return FolderScenes((image_folder.load(name.removeprefix(IMAGES), size=size),), {})
     views = config.data.views_per_scene
     if name == "procedural_object":
-        return FolderScenes((procedural_object.orbit(config.data.get("object", 0), *size, views),), {})
+        one = procedural_object.orbit(config.data.get("object", 0), *size, views)
+        return FolderScenes((one,), {})
     if name == "procedural_objects":
         numbers = range(OTHER_OBJECTS, OTHER_OBJECTS + config.data.num_scenes)
         return FolderScenes(tuple(procedural_object.orbit(n, *size, views) for n in numbers), {})
