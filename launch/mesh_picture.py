@@ -6,7 +6,7 @@ import numpy as np
 
 from vqnerf_jax.mesh import Mesh
 
-_LIGHT = np.array([-0.4, -0.6, 0.7])
+_LIGHT = np.array([0.36, -0.48, 0.8])
 # Directions from which the mesh is seen, x and y of the ground and up.
 _SIDES = ((1, 1, 0.6), (-1, 1, 0.6), (-1, -1, 0.6), (0.01, 0, 1))
 
@@ -27,11 +27,12 @@ def draw(mesh: Mesh, side: np.ndarray, size: int) -> np.ndarray:
     axes = np.stack([right, -np.cross(back, right), back])
     middle = (mesh.vertices.max(axis=0) + mesh.vertices.min(axis=0)) / 2
     reach = np.linalg.norm(mesh.vertices - middle, axis=-1).max()
-    corners = ((mesh.vertices - middle) @ axes.T / reach)[mesh.faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    first, second, third = np.moveaxis(mesh.vertices[mesh.faces], 1, 0)
+    normals = np.cross(second - first, third - first)
     normals /= np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-12)
-    light = axes @ (_LIGHT / np.linalg.norm(_LIGHT))
-    shade = 0.35 + 0.65 * np.maximum(normals @ light, 0)
+    # A lamp that stands still and one at the camera.
+    shade = 0.2 + 0.5 * np.maximum(normals @ _LIGHT, 0) + 0.3 * np.maximum(normals @ back, 0)
+    corners = ((mesh.vertices - middle) @ axes.T / reach)[mesh.faces]
     steps = max(2, int(np.ceil(np.abs(np.diff(corners, axis=1)).max() * size)) + 1)
     u, v = np.meshgrid(np.linspace(0, 1, steps), np.linspace(0, 1, steps))
     u, v = (x[u + v <= 1 + 1e-9][:, None, None] for x in (u, v))
