@@ -134,10 +134,10 @@ def _dtu() -> Any:
 def _tiny() -> Any:
     """Small networks for a CPU, on an object with masks over white."""
     config = _base()
-    config.update(num_steps=2000, log_every=100, eval_every=1000, checkpoint_every=500)
+    config.update(num_steps=1200, log_every=100, eval_every=1200, checkpoint_every=600)
     config.optim.update(learning_rate=2e-3, warmup_steps=100)
     config.optim.rates = (("field/grids", 5.0), ("vqgan", 0.5))
-    config.data.update(height=96, width=96, views_per_scene=64, num_target=4, workers=0)
+    config.data.update(height=96, width=96, views_per_scene=64, num_target=2, workers=0)
     config.data.source = "procedural_object"
     config.eval.update(views=2, photo_size=(96, 96))
     config.model.chunk = 4096
@@ -173,7 +173,7 @@ def _tiny() -> Any:
             beta_on="commitment",
         )
     )
-    config.loss.update(latent_crop=6, global_rays=64, foreground=0.6)
+    config.loss.update(latent_crop=8, global_rays=96, foreground=0.6)
     return config
 
 

@@ -64,8 +64,8 @@ def test_the_source_holds_views_of_the_same_object_out():
     batches = pipeline.training_batches(config, source=training)
     batch = next(batches)
     batches.close()
-    assert batch.target.images.shape == (1, 4, 16, 16, 3)
-    assert batch.extras["mask"].shape == (1, 4, 16, 16)
+    assert batch.target.images.shape == (1, 2, 16, 16, 3)
+    assert batch.extras["mask"].shape == (1, 2, 16, 16)
     held_out = np.asarray(held[0].images([0, 8]))
     for image in batch.target.images[0]:
         assert all(np.abs(image - other).max() > 0 for other in held_out)
