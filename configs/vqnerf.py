@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/vqnerf.py:tiny --workdir=runs/tiny
     python launch/train.py --config=configs/vqnerf.py:object --workdir=runs/object \\
-        --config.data.source=PATH --config.model.vqgan_weights=FILE \\
+        --config.data.source=PATH --config.model.vqgan_weights=FILE --config.model.decoder=last \\
         --config.model.center=0,0,0 --config.model.radius=1.0
 
 One run is one scene. What is of interest lies in the sphere of `model.center` and `model.radius`;
@@ -11,6 +11,9 @@ losses, no schedule and no network sizes: these are NeuS's (arXiv 2106.10689), b
 `vqnerf_jax/supervision.py`. Variants follow after commas:
 
 - `womask`: no masks; the cosine ratio is annealed, as NeuS does without masks;
+- `pretrained`: with the file of an auto-encoder, latents first learn what its encoder gives;
+- `neus`: the field alone, at full resolution, without latents and decoder;
+- `noattn`: no attention in the decoder's middle;
 - `volsdf`, `continuous`, `fsq`: another renderer, or other latents;
 - `no_global`, `no_semantic`: without the full-resolution branch, or the loss on CLIP's embeddings.
 """
@@ -69,6 +72,8 @@ def _base() -> Any:
                 choice="random",
                 nearest=16,
                 hold_out_every=8,
+                # A published split in place of every eighth view, such as dtu/scan24/32.
+                split="",
                 num_scenes=1,
                 views_per_scene=64,
                 baseline=(0.03, 0.12),
@@ -76,6 +81,9 @@ def _base() -> Any:
                 keep_in_memory=True,
                 workers=4,
                 max_bad_scenes=0,
+                # Which one of the source "procedural_object".
+                object=0,
+                with_mask=True,
             ),
             eval=dict(source="", num_scenes=1, views=8, photo_size=(512, 512)),
             model=dict(
@@ -86,6 +94,8 @@ def _base() -> Any:
                 full_resolution=False,
                 center=(0.0, 0.0, 0.0),
                 radius=1.0,
+                # Photographs with alpha are composited on white; black with files of masks.
+                background=(1.0, 1.0, 1.0),
                 chunk=512,
                 field=dict(rgb_layers=2),
                 vqgan=dict(num_codes=2048, code_width=16, beta_on="commitment"),
@@ -95,7 +105,7 @@ def _base() -> Any:
                 decoded_weight=1.0,
                 global_weight=1.0,
                 eikonal_weight=0.1,
-                mask_weight=0.0,
+                mask_weight=0.1,
                 quantizer_weight=1.0,
                 regression_weight=0.0,
                 regression_steps=50_000,
@@ -104,6 +114,7 @@ def _base() -> Any:
                 clip_weights="",
                 latent_crop=64,
                 global_rays=512,
+                foreground=0.0,
                 anneal_steps=0,
             ),
         )
@@ -121,45 +132,71 @@ def _dtu() -> Any:
 
 
 def _tiny() -> Any:
-    """Small networks for a CPU; what they learn has not been measured yet."""
+    """Small networks for a CPU, on an object with masks over white."""
     config = _base()
-    config.update(num_steps=600, log_every=50, eval_every=300, checkpoint_every=300)
-    config.optim.update(learning_rate=2e-3, warmup_steps=50)
-    config.data.update(height=64, width=64, views_per_scene=12, workers=1, source="procedural")
-    config.eval.update(views=1, photo_size=(64, 64))
-    config.model.chunk = 256
+    config.update(num_steps=1200, log_every=100, eval_every=1200, checkpoint_every=600)
+    config.optim.update(learning_rate=2e-3, warmup_steps=100)
+    config.optim.rates = (("field/grids", 5.0), ("vqgan", 0.5))
+    config.data.update(height=96, width=96, views_per_scene=64, num_target=2, workers=0)
+    config.data.source = "procedural_object"
+    config.eval.update(views=2, photo_size=(96, 96))
+    config.model.chunk = 4096
     config.model.field = ConfigDict(
         dict(
-            layers=4,
+            layers=1,
             hidden=64,
-            features=32,
-            skips=(2,),
-            color_layers=2,
+            features=15,
+            octaves=1,
+            skips=(),
+            grids=(16, 32, 64),
+            grid_channels=4,
+            color_layers=1,
             color_hidden=64,
+            color_octaves=2,
             rgb_layers=2,
             samples=24,
             importance=16,
             rounds=2,
+            precision="default",
         )
     )
     config.model.vqgan = ConfigDict(
         dict(
-            channels=(16, 16, 32),
+            # As configs/vqgan.py:tiny, whose weights fit.
+            channels=(16, 32, 64),
             blocks=1,
             latent_channels=8,
-            num_codes=128,
+            num_codes=256,
             code_width=8,
             groups=8,
             mid_attention=False,
             beta_on="commitment",
         )
     )
-    config.loss.update(latent_crop=12, global_rays=128)
+    config.loss.update(latent_crop=8, global_rays=96, foreground=0.6)
     return config
 
 
 def _womask(config: Any) -> None:
-    config.loss.update(mask_weight=0.0, anneal_steps=50_000)
+    config.data.with_mask = False
+    config.model.background = (0.0, 0.0, 0.0)
+    config.loss.update(mask_weight=0.0, foreground=0.0, anneal_steps=50_000)
+
+
+def _pretrained(config: Any) -> None:
+    """The encoder's latents of the true images are a dense signal while it lasts (ours)."""
+    config.loss.update(regression_weight=1.0, regression_steps=config.num_steps // 2)
+
+
+def _neus(config: Any) -> None:
+    """The field alone, rendered at full resolution: what the decoder is measured against."""
+    config.loss.update(decoded_weight=0.0, regression_weight=0.0, clip_weight=0.0)
+    config.model.full_resolution = True
+
+
+def _noattn(config: Any) -> None:
+    """Attention among all latents grows with the square of their number."""
+    config.model.vqgan.mid_attention = False
 
 
 def _volsdf(config: Any) -> None:
@@ -187,6 +224,9 @@ def _no_semantic(config: Any) -> None:
 SETTINGS = {"tiny": _tiny, "object": _base, "dtu": _dtu}
 VARIANTS = {
     "womask": _womask,
+    "pretrained": _pretrained,
+    "neus": _neus,
+    "noattn": _noattn,
     "volsdf": _volsdf,
     "continuous": _continuous,
     "fsq": _fsq,

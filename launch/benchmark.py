@@ -7,6 +7,10 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
   depth_decoder    time and memory of attention between views: along short rays, along whole ones,
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
+  vqnerf           time and memory of rendering every pixel against latents and their decoder, at
+                   the published sizes or those of --config; images of three sizes or of --size
+  vqnerf_ablation  trains VQ-NeRF without quantisation, without its full-resolution branch, with
+                   other codebooks, for --steps each on the procedural object of --config
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -57,10 +61,13 @@ from launch import (
     path_flicker,
     tasks,
     trained,
+    vqnerf_costs,
+    vqnerf_variants,
 )
 from nvs_common import errors, runs, train
 from nvs_common.data import pipeline, sources
 from quark_jax import task as quark_task
+from vqnerf_jax import task as vqnerf_task
 
 _CONFIG = cli.define_config(required=False)
 _OUT = flags.DEFINE_string("out", None, "File for the table (Markdown).")
@@ -91,6 +98,8 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
+_RAYS = flags.DEFINE_integer("rays", 2048, "vqnerf: rays that are rendered at most.")
+_LATENTS = flags.DEFINE_integer("latents", 16384, "vqnerf: latents that are decoded at most.")
 _THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 
@@ -169,6 +178,22 @@ def depth_decoder() -> list[str]:
     counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
     grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
     return depth_costs.study(counts, grids, repeats=_REPEATS.value)
+
+
+def vqnerf() -> Iterator[str]:
+    """Every pixel by the field against latents and their decoder."""
+    config: Any = _CONFIG.value or cli.load_config("configs/vqnerf.py:object,noattn")
+    ours, _ = vqnerf_task.make_model(config.model)
+    sizes = vqnerf_costs.SIZES if _SIZE.value is None else (_size(None),)
+    most = dict(rays=_RAYS.value, latents=_LATENTS.value)
+    yield from vqnerf_costs.study(ours, sizes, repeats=_REPEATS.value, **most)
+
+
+def vqnerf_ablation() -> list[str]:
+    """VQ-NeRF's parts, each left out."""
+    config: Any = _CONFIG.value or cli.load_config("configs/vqnerf.py:tiny")
+    steps = config.num_steps if _STEPS.value is None else _STEPS.value
+    return vqnerf_variants.study(config, steps, _VARIANTS.value or ())
 
 
 def quark_sizes() -> Iterator[str]:
@@ -305,6 +330,8 @@ BENCHMARKS = {
     "quark_views": quark_views,
     "quark_temporal": quark_temporal,
     "lvsm": lvsm,
+    "vqnerf": vqnerf,
+    "vqnerf_ablation": vqnerf_ablation,
 }
 
 

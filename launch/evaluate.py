@@ -123,6 +123,7 @@ def main(_) -> int:
     protocol = evaluate.Protocol(
         num_inputs=_default_inputs(model.config) if asked is None else asked,
         hold_out_every=_HOLDOUT.value or model.config.data.get("hold_out_every", 8) or 8,
+        split="" if _HOLDOUT.value else model.config.data.get("split", ""),
         size=size,
         border=_BORDER.value,
         ssim=_SSIM.value,  # pyright: ignore[reportArgumentType]

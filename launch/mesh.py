@@ -2,8 +2,10 @@
 
     python launch/mesh.py --workdir=runs/a --out=mesh.ply [--resolution=512] [--scene=PATH]
 
-The mesh is in the world units of the scene (.ply, .obj or .glb). With --scene, cameras that are
-inside the surface are reported before anything is written. Exit codes: 0 done, 2 bad input.
+The mesh (.ply, .obj or .glb) is in the units of the scene's cameras; with --scene in those of its
+files, which differ where a layout brings scenes into the unit sphere (NeuS's scale_mat, DTU). With
+--scene, cameras that are inside the surface are reported before anything is written. --picture
+draws the mesh from four sides. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 from absl import flags
+from PIL import Image
 
-from launch import cli, trained
+from launch import cli, mesh_picture, trained
 from nvs_common.data import scenes
 from nvs_common.errors import InputError
 from vqnerf_jax import inspection, mesh, task
@@ -25,7 +28,8 @@ from vqnerf_jax import inspection, mesh, task
 _SOURCE = trained.define_source()
 _OUT = flags.DEFINE_string("out", None, "File to write: .ply, .obj or .glb.", required=True)
 _RESOLUTION = flags.DEFINE_integer("resolution", 512, "Cells along each axis.", lower_bound=8)
-_SCENE = flags.DEFINE_string("scene", None, "Scene whose cameras are checked.")
+_SCENE = flags.DEFINE_string("scene", None, "Scene: its cameras are checked, its units used.")
+_PICTURE = flags.DEFINE_string("picture", "", "Also draws the mesh, to this .png file.")
 
 
 def main(_) -> int:
@@ -35,11 +39,17 @@ def main(_) -> int:
         raise InputError(f"{model.path}: {model.config.system} has no surface; pass a VQ-NeRF run.")
     ours, _ = task.make_model(model.config.model)
     params = model.variables["params"]
+    scene = None
     if _SCENE.value:
         scene = scenes.load_scene(_SCENE.value)
         inspection.check_cameras(ours, params, scene.cameras, scene.names)
     found = mesh.extract(jax.jit(inspection.distances(ours, params)), _RESOLUTION.value)
-    mesh.write(_OUT.value, mesh.in_world(found, ours.center, ours.radius))
+    found = mesh.in_world(found, ours.center, ours.radius)
+    if _PICTURE.value:
+        Image.fromarray(mesh_picture.four_sides(found)).save(_PICTURE.value)
+    if scene is not None and scene.world_from_scene is not None:
+        found = mesh.moved(found, scene.world_from_scene)
+    mesh.write(_OUT.value, found)
     print(f"{_OUT.value}: {len(found.vertices)} vertices, {len(found.faces)} triangles")
     return 0
 

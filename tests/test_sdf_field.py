@@ -250,7 +250,7 @@ def test_arrays_that_do_not_fit_are_explained():
 
 
 def test_a_field_starts_as_a_sphere():
-    options = (4, 256, 8, 2, (2,), 0.5, True)
+    options = (4, 256, 8, networks.encoded_width(3, 2), (2,), 0.5, True)
     params = jax.jit(networks.init_distance, static_argnums=range(1, 8))(
         jax.random.key(0), *options
     )
@@ -334,7 +334,7 @@ def test_bad_choices_are_explained():
 
 
 def test_every_parameter_has_one_layout():
-    _, variables = small(outside=2)
+    _, variables = small(outside=2, grids=(4, 6))
     sharding.param_specs(
         {**variables["params"], "latent": variables["params"]["rgb"]}, field.PARAM_AXES
     )

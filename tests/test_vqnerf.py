@@ -12,10 +12,11 @@ from configs import vqnerf as vqnerf_config
 from nvs_common import cameras, errors, sharding
 from nvs_common.types import Batch, Cameras, Views
 from tests import small_vqgan
-from vqnerf_jax import SDFField, image_rays, inspection, model, supervision, task
+from vqnerf_jax import SDFField, image_rays, inspection, model, supervision, task, vqgan_to_torch
 
 FIELD = dict(layers=2, hidden=8, features=4, octaves=1, skips=(), color_layers=1)
 FIELD |= dict(color_hidden=8, color_octaves=1, samples=6, importance=2, rounds=1)
+FIELD |= dict(grids=(3,), grid_channels=2, precision="highest")
 
 
 def orbit(count, size=8, distance=2.5):
@@ -40,7 +41,7 @@ def config(**changes):
     config.model.update(chunk=5)
     config.model.field.update(FIELD)
     config.model.vqgan.update(**{**small_vqgan.SMALL, "mid_attention": False})
-    config.loss.update(latent_crop=3, global_rays=7)
+    config.loss.update(latent_crop=3, global_rays=7, mask_weight=0.0)
     for name, value in changes.items():
         section, _, leaf = name.partition("__")
         config[section][leaf] = value
@@ -98,7 +99,7 @@ def test_a_window_shows_what_its_cameras_see():
     u = np.broadcast_to(np.arange(8.0)[None, :, None], (8, 8, 1))
     uv = np.concatenate([u, u.transpose(1, 0, 2), 0 * u], axis=-1).astype(np.float32) + 0.5
     targets = targets.replace(images=np.stack([uv, uv]))
-    cut = supervision.crops(small(), targets, None, 3, jax.random.key(1))
+    cut = supervision.crops(small(), targets, 3, jax.random.key(1))
     assert cut.images.shape == (2, 6, 6, 3)
     origins, directions = cameras.rays(cut.cameras)
     seen, _ = cameras.project(targets.cameras, origins + 2 * directions)
@@ -230,6 +231,57 @@ def test_eight_devices_give_the_gradient_of_one():
         _, got = loss_and_gradient(5, on_all, jax.device_put(data, sharding.replicated(mesh)))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize(
+    "changes, missing",
+    [
+        ({"loss__decoded_weight": 0.0}, "decoded"),
+        ({"loss__global_rays": 0}, "global"),
+    ],
+)
+def test_a_branch_without_weight_is_not_rendered(changes, missing):
+    made = task.make(config(**changes))
+    variables = {"params": random_params(small()), "schedule": {"step": jnp.asarray(0)}}
+    shapes = jax.eval_shape(made.loss, variables, batch(), jax.random.key(0))
+    both = {"decoded", "global"}
+    assert both - {missing} <= set(shapes[1].metrics) and missing not in shapes[1].metrics
+    none = task.make(config(loss__decoded_weight=0.0, loss__global_weight=0.0))
+    with pytest.raises(errors.InputError, match="no branch is trained"):
+        jax.eval_shape(none.loss, variables, batch(), jax.random.key(0))
+
+
+def test_a_share_of_pixels_is_drawn_within_the_mask():
+    targets = jax.tree.map(lambda x: x[0], batch().target)
+    mask = jnp.zeros((2, 8, 8)).at[:, 2, 3:5].set(1.0)
+    draw = lambda m: supervision.random_pixels(  # noqa: E731
+        small(), targets, m, 400, jax.random.key(2), foreground=0.5
+    )
+    inside = draw(mask).mask
+    assert abs(inside.mean() - (0.5 + 0.5 * 2 / 64)) < 0.06
+    pixels = draw(jnp.zeros_like(mask))
+    assert pixels.mask.max() == 0 and len(np.unique(pixels.colors[:, 0])) > 40
+
+
+def test_what_is_behind_colours_is_the_chosen_background():
+    # No surface anywhere: the distance is the last layer's bias.
+    params = random_params(small())
+    last = params["field"]["sdf"]["layer_2"]
+    last["scale"], last["bias"] = 0 * last["scale"], np.full_like(last["bias"], 3.0)
+    white = dataclasses.replace(small(), background=(1.0, 0.5, 0.0))
+    out = model.render_views(white, params, orbit(1), full_resolution=True)
+    np.testing.assert_allclose(out.images[0, 4, 4], [1, 0.5, 0], atol=0.02)
+
+
+def test_an_auto_encoder_of_another_size_is_named(tmp_path):
+    ours = small()
+    file = tmp_path / "codes.npz"
+    np.savez(file, **vqgan_to_torch(ours.vqgan, {"params": random_params(ours)["vqgan"]}))
+    fits = config(model__vqgan_weights=str(file), model__decoder="frozen")
+    assert task.make_model(fits.model)[0].vqgan.num_codes == ours.vqgan.num_codes
+    fits.model.vqgan.num_codes = 9
+    with pytest.raises(errors.InputError, match="has num_codes=9 but the file has 7; make them"):
+        task.make(fits)
 
 
 def test_every_parameter_has_one_layout():

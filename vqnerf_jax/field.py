@@ -7,13 +7,16 @@ features that a decoder takes (VQ-NeRF, arXiv 2310.14487: parameter-shared rende
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nvs_common.errors import InputError
 from nvs_common.types import Array
-from vqnerf_jax import networks, volume
+from vqnerf_jax import grids, networks, volume
 from vqnerf_jax.ray_render import RayRender, Samples
 
 CHOICES = {
@@ -35,6 +38,8 @@ class SDFField(nn.Module):
       features: f, from the distance's network to the colour's.
       octaves: of the points' encoding.
       skips: layers of the distance's network that see the encoding again.
+      grids: resolutions of grids of features beside that encoding, see `grids`; none in NeuS.
+      grid_channels: of each.
       radius: of the sphere that the field is at first.
       scale: factor on points; distances are divided by it.
       weight_norm: whether the layers of distance and colour have one.
@@ -63,6 +68,8 @@ class SDFField(nn.Module):
     features: int = 256
     octaves: int = 6
     skips: tuple[int, ...] = (4,)
+    grids: tuple[int, ...] = ()
+    grid_channels: int = 4
     radius: float = 0.5
     scale: float = 1.0
     weight_norm: bool = True
@@ -96,11 +103,14 @@ class SDFField(nn.Module):
             self.layers,
             self.hidden,
             self.features,
-            self.octaves,
+            networks.encoded_width(3, self.octaves) + len(self.grids) * self.grid_channels,
             self.skips,
             self.radius,
             self.weight_norm,
         )
+        self.grid_params = {}
+        if self.grids:
+            self.grid_params = self.param("grids", grids.init, self.grids, self.grid_channels)
         widths = [self._color_width(), *[self.color_hidden] * self.color_layers]
         self.color_params = self._layers("color", widths)
         last = widths[-1]
@@ -128,11 +138,11 @@ class SDFField(nn.Module):
 
     def sdf(self, points: Array) -> Array:
         """Signed distances [...] of points [..., 3], negative inside."""
-        return self._sdf(self.sdf_params, points)
+        return self._sdf(self._shape(), points)
 
     def sdf_and_features(self, points: Array) -> tuple[Array, Array]:
         """Signed distances [...] and features [..., f] of points [..., 3]."""
-        both = self._distance(self.sdf_params, points)
+        both = self._distance(self._shape(), points)
         return both[..., 0], both[..., 1:]
 
     def gradients(self, points: Array) -> Array:
@@ -185,7 +195,7 @@ class SDFField(nn.Module):
         """Sorted distances [r, s + n]: those given and more near the surface, without gradient."""
         if not self.importance:
             return t
-        params, spread = jax.lax.stop_gradient((self.sdf_params, self.spread))
+        params, spread = jax.lax.stop_gradient((self._shape(), self.spread))
         sdf = self._sdf(params, volume.points(origins, directions, t))
         count = self.importance // self.rounds
         widest = jnp.zeros(())
@@ -277,22 +287,28 @@ class SDFField(nn.Module):
         normals = 0 if self.color_inputs == "no_normal" else 3
         return 3 + views + normals + self.features
 
-    def _distance(self, params: networks.Params, points: Array) -> Array:
+    def _shape(self) -> tuple[networks.Params, Mapping[str, Array]]:
+        """What the distance depends on: its network and its grids."""
+        return self.sdf_params, self.grid_params
+
+    def _distance(self, params: Any, points: Array) -> Array:
+        network, features = params
         return networks.distance(
-            params,
+            network,
             points,
+            features=features,
             octaves=self.octaves,
             skips=self.skips,
             scale=self.scale,
             precision=self.precision,
         )
 
-    def _sdf(self, params: networks.Params, points: Array) -> Array:
+    def _sdf(self, params: Any, points: Array) -> Array:
         return self._distance(params, points)[..., 0]
 
     def _geometry(self, points: Array) -> tuple[Array, Array, Array]:
         """Distances [...], their gradients [..., 3] and features [..., f], of one forward pass."""
-        params = self.sdf_params
+        params = self._shape()
 
         def of(points: Array) -> tuple[Array, Array]:
             both = self._distance(params, points)
@@ -372,6 +388,7 @@ def _volsdf_new_depths(t: Array, sdf: Array, beta: Array, count: int, last: bool
 
 PARAM_AXES = {
     r"(deviation|beta)": (),
+    r"grids/level_\d+": (None, None, None, None),
     r"(sdf|color|rgb|latent|background)/.*/(bias|scale)": (None,),
     r"(sdf|color|rgb|latent|background)/.*/kernel": (None, None),
 }

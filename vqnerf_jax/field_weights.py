@@ -110,7 +110,7 @@ def neus_to_torch(module: field.SDFField, variables: Variables) -> dict[str, np.
     Raises:
       InputError: the field has parts that NeuS lacks.
     """
-    plain = {"renderer": "neus", "rgb_layers": 1, "latent_channels": 0}
+    plain = {"renderer": "neus", "rgb_layers": 1, "latent_channels": 0, "grids": ()}
     for name, value in plain.items():
         if getattr(module, name) != value:
             raise InputError(f"{name}={getattr(module, name)!r}: NeuS has {name}={value!r} alone.")

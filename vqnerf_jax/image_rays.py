@@ -79,12 +79,14 @@ def in_parts(render: Callable[[Any], Any], rays: Any, size: int) -> Any:
       render: rays [n] -> a tree of arrays [n, ...], which are put together, and of scalars, which
         are added.
       rays: a tree of arrays [r, ...].
-      size: n, of all parts but the last.
+      size: n, of all parts but the last; as many rays as that are rendered in the plain way.
 
     Returns:
       The tree of all rays.
     """
     total = jax.tree.leaves(rays)[0].shape[0]
+    if total <= size:
+        return render(rays)
     whole = total // size * size
     pieces = []
     if whole:

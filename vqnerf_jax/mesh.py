@@ -11,7 +11,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,14 @@ from nvs_common.errors import InputError
 
 BLOCK = 64
 SUFFIXES = (".ply", ".obj", ".glb")
+
+
+class NoSurface(InputError):
+    """A distance that has one sign everywhere."""
+
+
+class NoTriangles(InputError):
+    """A file that holds points, and no triangles."""
 
 
 class Mesh(NamedTuple):
@@ -55,7 +63,8 @@ def extract(
       The mesh in the frame of the points.
 
     Raises:
-      InputError: a distance that is not finite, no surface in the box, or no scikit-image.
+      InputError: a distance that is not finite, or no scikit-image.
+      NoSurface: no surface in the box.
     """
     if resolution < 1 or block < 1:
         raise InputError(f"mesh: resolution={resolution} and block={block} must be at least 1.")
@@ -71,7 +80,7 @@ def extract(
             faces.append(piece.faces + count)
             count += len(piece.vertices)
     if not count:
-        raise InputError(
+        raise NoSurface(
             f"mesh: no surface between {low} and {high}; the distance has one sign there. Train "
             "longer, or choose another box."
         )
@@ -82,6 +91,34 @@ def in_world(mesh: Mesh, center: tuple[float, ...], radius: float) -> Mesh:
     """A mesh of the unit sphere's frame in world units, where the sphere has this centre and
     radius (NeuS: the last column and the first entry of scale_mat)."""
     return Mesh(mesh.vertices * radius + np.asarray(center, np.float64), mesh.faces)
+
+
+def moved(mesh: Mesh, transform: np.ndarray) -> Mesh:
+    """A mesh after a rotation, one scale and a translation [4, 4], such as NeuS's scale_mat."""
+    return Mesh(mesh.vertices @ transform[:3, :3].T + transform[:3, 3], mesh.faces)
+
+
+def read(path: str | os.PathLike[str]) -> Mesh:
+    """Reads a mesh that `write` or another program wrote.
+
+    Raises:
+      InputError: another ending, a file that cannot be read, or no trimesh.
+      NoTriangles: a file of points alone.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: meshes are read from {', '.join(SUFFIXES)}.")
+    trimesh = _trimesh()
+    try:
+        found = trimesh.load(path, process=False, force="mesh")
+    except Exception as e:  # its readers raise whatever the bytes make them raise
+        raise InputError(f"{path}: cannot be read as a mesh ({e!r}).") from e
+    if not isinstance(found, trimesh.Trimesh) or not len(found.faces):
+        raise NoTriangles(f"{path}: holds no triangles.")
+    mesh = Mesh(np.asarray(found.vertices, np.float64), np.asarray(found.faces, np.int32))
+    if not np.isfinite(mesh.vertices).all():
+        raise InputError(f"{path}: holds vertices with NaN or infinity.")
+    return mesh
 
 
 def write(path: str | os.PathLike[str], mesh: Mesh) -> None:
@@ -172,11 +209,18 @@ def _obj(mesh: Mesh) -> bytes:
     return "".join(lines()).encode()
 
 
-def _glb(mesh: Mesh) -> bytes:
+def _trimesh() -> Any:
     try:
         import trimesh
     except ImportError as e:
-        raise InputError(".glb files need trimesh: pip install 'viewsynth-jax[mesh]'.") from e
+        raise InputError(
+            "reading meshes and writing .glb need trimesh: pip install 'viewsynth-jax[mesh]'."
+        ) from e
+    return trimesh
+
+
+def _glb(mesh: Mesh) -> bytes:
+    trimesh = _trimesh()
     content = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).export(file_type="glb")
     assert isinstance(content, bytes)
     return content

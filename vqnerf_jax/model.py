@@ -45,6 +45,7 @@ class Model:
         at full resolution ("last"), or codes and decoder ("full").
       center: of the sphere of interest, world units.
       radius: of the sphere of interest, world units.
+      background: RGB behind everything that the colour head renders.
       chunk: rays that are rendered at once.
     """
 
@@ -54,6 +55,7 @@ class Model:
     decoder: str = "frozen"
     center: tuple[float, ...] = (0.0, 0.0, 0.0)
     radius: float = 1.0
+    background: tuple[float, ...] = (0.0, 0.0, 0.0)
     chunk: int = 512
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ def render_rays(
             rays.near,
             rays.far,
             cosine_ratio=cosine_ratio,
+            background=jnp.asarray(model.background),
             jitter=jitter,
             method="render",
         )
@@ -200,7 +203,8 @@ def render_views(
 def param_axes(model: Model) -> dict[str, Names]:
     """Logical axes of all parameters, for the rows that this model has."""
     axes: dict[str, Names] = {"empty": (None,)}
-    axes |= {f"field/({pattern})": names for pattern, names in field.PARAM_AXES.items()}
+    own = {row: n for row, n in field.PARAM_AXES.items() if model.field.grids or "grids" not in row}
+    axes |= {f"field/({pattern})": names for pattern, names in own.items()}
     axes |= {f"vqgan/({p})": names for p, names in vqgan.param_axes(model.vqgan).items()}
     return axes
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nvs_common.types import Array
+from vqnerf_jax import grids
 
 # {"layer_0": {"kernel": ..., ...}, ...}.
 Params: TypeAlias = Mapping[str, Mapping[str, Array]]
@@ -60,6 +61,7 @@ def distance(
     skips: Sequence[int],
     scale: float,
     precision: Any,
+    features: Mapping[str, Array] | None = None,
 ) -> Array:
     """Signed distances and features [..., 1 + f] of points [..., 3].
 
@@ -70,8 +72,11 @@ def distance(
       skips: layers that see the encoding again, beside the layer before.
       scale: factor on points; distances are divided by it.
       precision: of the products of matrices.
+      features: grids that are read at the points beside the encoding, see `grids`.
     """
     encoded = encode(points * scale, octaves)
+    if features:
+        encoded = jnp.concatenate([encoded, grids.lookup(features, points * scale)], axis=-1)
     x = encoded
     for i in range(len(params)):
         if i in skips:
@@ -129,7 +134,7 @@ def init_distance(
     layers: int,
     hidden: int,
     features: int,
-    octaves: int,
+    encoded: int,
     skips: Sequence[int],
     radius: float,
     weight_norm: bool,
@@ -141,12 +146,11 @@ def init_distance(
       layers: hidden layers.
       hidden: their width.
       features: f.
-      octaves: of the encoding.
+      encoded: width of the encoding, of which the first three numbers are the point.
       skips: as in `distance`.
       radius: of the sphere.
       weight_norm: whether layers have a scale.
     """
-    encoded = encoded_width(3, octaves)
     widths = [encoded, *[hidden] * layers, 1 + features]
     params = {}
     for i, one in enumerate(jax.random.split(key, layers + 1)):

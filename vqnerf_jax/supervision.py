@@ -36,6 +36,7 @@ class Weights:
       clip_weights: file of CLIP, see `clip.load_clip`.
       latent_crop: side of the crop of latents; of the whole grid where that is smaller.
       global_rays: pixels of each target.
+      foreground: share of those that is drawn within the mask; the others lie anywhere.
       anneal_steps: over which the cosine ratio goes from 0 to 1; 0 starts at 1 (with masks).
     """
 
@@ -51,15 +52,15 @@ class Weights:
     clip_weights: str = ""
     latent_crop: int = 64
     global_rays: int = 512
+    foreground: float = 0.0
     anneal_steps: int = 0
 
 
 class Crops(NamedTuple):
-    """A window of each target: latent cameras [n], true images and masks, random numbers."""
+    """A window of each target: latent cameras [n] and true images."""
 
     cameras: Cameras
     images: Array
-    mask: Array | None
 
 
 class Pixels(NamedTuple):
@@ -93,11 +94,53 @@ def loss(
     Raises:
       InputError: a mask of another size than the images, or none where its loss has a weight.
     """
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 2)
     targets = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), batch.target)
     mask = _mask(batch, weights)
     ratio = jnp.minimum(1.0, step / weights.anneal_steps) if weights.anneal_steps else 1.0
-    crop = crops(ours, targets, mask, weights.latent_crop, keys[0])
+    parts = []
+    if max(weights.decoded_weight, weights.regression_weight, weights.clip_weight) > 0:
+        parts.append(_compressed(ours, weights, semantic, params, targets, ratio, keys[0], step))
+    if weights.global_rays and weights.global_weight > 0:
+        parts.append(_full_resolution(ours, weights, params, targets, mask, ratio, keys[1]))
+    if not parts:
+        raise InputError(
+            "no branch is trained: set loss.decoded_weight, or loss.global_weight and "
+            "loss.global_rays."
+        )
+    terms: dict[str, Array] = {}
+    values: dict[str, Array] = {}
+    for part in parts:
+        terms |= part.terms
+        values |= part.values
+    eikonal = sum((part.eikonal for part in parts[1:]), parts[0].eikonal)
+    terms["eikonal"] = eikonal[0] / (eikonal[1] + 1e-5)
+    scales = _scales(weights)
+    total = sum((scales[name] * x for name, x in terms.items()), jnp.zeros(()))
+    return total, {**terms, **values}
+
+
+class Branch(NamedTuple):
+    """What one branch gives: losses and other values by name, eikonal sum and count [2]."""
+
+    terms: dict[str, Array]
+    values: dict[str, Array]
+    eikonal: Array
+
+
+def _compressed(
+    ours: model.Model,
+    weights: Weights,
+    semantic: Any,
+    params: Any,
+    targets: Any,
+    ratio: Any,
+    key: Array,
+    step: Array,
+) -> Branch:
+    """Crops that are rendered as latents and decoded."""
+    keys = jax.random.split(key)
+    crop = crops(ours, targets, weights.latent_crop, keys[0])
     latents, eikonal = _render_crops(ours, params, crop.cameras, ratio, keys[1])
     decoded, quantized = model.decode(ours, params, latents)
     terms = {"decoded": losses.l1(decoded, crop.images)}
@@ -114,26 +157,38 @@ def loss(
         due = step % weights.clip_every == 0
         distance = lambda: semantic_distance(semantic, decoded, crop.images)  # noqa: E731
         terms["clip"] = jax.lax.cond(due, distance, lambda: jnp.zeros(()))
-    if weights.global_rays and weights.global_weight > 0:
-        pixels = random_pixels(ours, targets, mask, weights.global_rays, keys[2])
-        colors, opacity, more = _render_pixels(ours, params, pixels.rays, ratio, keys[3])
-        eikonal = eikonal + more
-        terms["global"] = losses.l1(colors, pixels.colors)
-        if pixels.mask is not None and weights.mask_weight > 0:
-            terms["mask"] = cross_entropy(opacity, pixels.mask)
-    terms["eikonal"] = eikonal[0] / (eikonal[1] + 1e-5)
-    scales = _scales(weights)
-    total = sum((scales[name] * x for name, x in terms.items()), jnp.zeros(()))
-    return total, {**terms, **values}
+    return Branch(terms, values, eikonal)
 
 
-def crops(ours: model.Model, targets: Any, mask: Array | None, size: int, key: Array) -> Crops:
+def _full_resolution(
+    ours: model.Model,
+    weights: Weights,
+    params: Any,
+    targets: Any,
+    mask: Array | None,
+    ratio: Any,
+    key: Array,
+) -> Branch:
+    """Random pixels that are rendered in colour."""
+    keys = jax.random.split(key)
+    share = weights.foreground
+    pixels = random_pixels(ours, targets, mask, weights.global_rays, keys[0], foreground=share)
+    colors, opacity, eikonal = _render_pixels(ours, params, pixels.rays, ratio, keys[1])
+    terms = {"global": losses.l1(colors, pixels.colors)}
+    error = losses.l2(colors, pixels.colors)
+    values = {"global_psnr": -10 * jnp.log10(jnp.maximum(error, metrics.MIN_MSE))}
+    if pixels.mask is not None and weights.mask_weight > 0:
+        terms["mask"] = cross_entropy(opacity, pixels.mask)
+    return Branch(terms, values, eikonal)
+
+
+def crops(ours: model.Model, targets: Any, size: int, key: Array) -> Crops:
     """A random window of `size` x `size` latents of each target [n], and what is true there."""
     factor = ours.vqgan.factor
     grid = image_rays.latent_cameras(targets.cameras, factor)
     height, width = min(size, grid.height), min(size, grid.width)
 
-    def one(key: Array, cams: Cameras, image: Array, mask: Array | None) -> Crops:
+    def one(key: Array, cams: Cameras, image: Array) -> Crops:
         keys = jax.random.split(key)
         top = jax.random.randint(keys[0], (), 0, grid.height - height + 1)
         left = jax.random.randint(keys[1], (), 0, grid.width - width + 1)
@@ -144,22 +199,31 @@ def crops(ours: model.Model, targets: Any, mask: Array | None, size: int, key: A
             return jax.lax.dynamic_slice(x, starts, sizes)
 
         window = cameras.crop(cams, top, left, height, width)
-        return Crops(window, cut(image), None if mask is None else cut(mask))
+        return Crops(window, cut(image))
 
     keys = jax.random.split(key, targets.images.shape[0])
     images = jnp.asarray(targets.images, jnp.float32)
-    return jax.vmap(one)(keys, grid, images, mask)
+    return jax.vmap(one)(keys, grid, images)
 
 
 def random_pixels(
-    ours: model.Model, targets: Any, mask: Array | None, count: int, key: Array
+    ours: model.Model,
+    targets: Any,
+    mask: Array | None,
+    count: int,
+    key: Array,
+    *,
+    foreground: float = 0.0,
 ) -> Pixels:
-    """Random pixels of each target [n], `count` of each."""
+    """Random pixels of each target [n], `count` of each; a share of them within the mask."""
     num, height, width = targets.images.shape[:3]
     images = jnp.asarray(targets.images, jnp.float32)
 
     def one(key: Array, cams: Cameras, image: Array, mask: Array | None) -> Pixels:
-        index = jax.random.randint(key, (count,), 0, height * width)
+        if mask is None or foreground <= 0:
+            index = jax.random.randint(key, (count,), 0, height * width)
+        else:
+            index = _in_proportion(mask.reshape(-1), foreground, count, key)
         uv = jnp.stack([index % width, index // width], axis=-1) + 0.5
         rays = image_rays.at_pixels(cams, uv, jnp.asarray(ours.center), ours.radius)
         colors = image.reshape(-1, 3)[index]
@@ -167,6 +231,15 @@ def random_pixels(
 
     found = jax.vmap(one)(jax.random.split(key, num), targets.cameras, images, mask)
     return jax.tree.map(lambda x: x.reshape(num * count, *x.shape[2:]), found)
+
+
+def _in_proportion(mask: Array, share: float, count: int, key: Array) -> Array:
+    """Indices [n] of which a share is drawn in proportion to mask [p], the others uniformly."""
+    inside = mask / jnp.maximum(jnp.sum(mask), 1e-6)
+    cumulative = jnp.cumsum(share * inside + (1 - share) / mask.size)
+    # Scaled by the last one, which is less than one where nothing is inside, or by rounding.
+    drawn = jax.random.uniform(key, (count,)) * cumulative[-1]
+    return jnp.minimum(jnp.searchsorted(cumulative, drawn, side="right"), mask.size - 1)
 
 
 def semantic_distance(semantic: Any, images: Array, truth: Array) -> Array:

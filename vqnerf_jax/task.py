@@ -17,6 +17,9 @@ from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
 from vqnerf_jax import clip, field, model, supervision, vqgan, vqgan_weights
 
+# Fields of an auto-encoder that its arrays do not tell: how it was trained, how attention is run.
+_UNTOLD = ("beta", "update", "decay", "restart_below", "kmeans_steps", "gradient", "attention")
+
 
 def make(config: Any) -> Task:
     """Builds the task from `configs/vqnerf.py`'s fields `model` and `loss`.
@@ -74,6 +77,7 @@ def make_model(fields: Mapping[str, Any]) -> tuple[model.Model, Any]:
         options = {k: decoder[k] for k in ("groups", "beta_on") if k in decoder}
         autoencoder, variables = vqgan_weights.load_vqgan(fields["vqgan_weights"], **options)
         loaded = variables["params"]
+        _compare(fields["vqgan_weights"], autoencoder, decoder)
     else:
         autoencoder = vqgan.VQGAN(**decoder)
         if fields["decoder"] != "full":
@@ -83,9 +87,20 @@ def make_model(fields: Mapping[str, Any]) -> tuple[model.Model, Any]:
             )
     settings.setdefault("latent_channels", autoencoder.code_width)
     renderer = field.SDFField(**_plain("model.field", settings, field.SDFField))
-    shared = ("latent", "decoder", "radius", "chunk")
-    options: dict[str, Any] = {name: fields[name] for name in shared}
-    return model.Model(renderer, autoencoder, center=tuple(fields["center"]), **options), loaded
+    options: dict[str, Any] = {n: fields[n] for n in ("latent", "decoder", "radius", "chunk")}
+    options |= {name: tuple(fields[name]) for name in ("center", "background")}
+    return model.Model(renderer, autoencoder, **options), loaded
+
+
+def _compare(name: str, found: vqgan.VQGAN, wanted: Mapping[str, Any]) -> None:
+    """Raises InputError where the file's auto-encoder is another than the configuration says."""
+    wrong = {k: (x, getattr(found, k)) for k, x in wanted.items() if getattr(found, k) != x}
+    # What arrays do not tell is taken from the configuration.
+    if wrong := {k: x for k, x in wrong.items() if k not in _UNTOLD}:
+        told = ", ".join(
+            f"{k}={said!r} but the file has {own!r}" for k, (said, own) in wrong.items()
+        )
+        raise InputError(f"{name}: config.model.vqgan has {told}; make them agree.")
 
 
 def _plain(where: str, fields: Mapping[str, Any], kind: Any) -> dict[str, Any]:

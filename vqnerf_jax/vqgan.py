@@ -12,12 +12,11 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
-from nvs_common.attention import attention
+from nvs_common import autoencoder_blocks
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Names
 from vqnerf_jax import codebook, codes
 
-EPSILON = 1e-6
 QUANTIZERS = ("vq", "fsq", "lfq", "none")
 
 
@@ -209,7 +208,7 @@ class Encoder(nn.Module):
                 conv = nn.Conv(width, (3, 3), (2, 2), border, dtype=self.dtype, name=f"down_{i}")
                 x = conv(x)
         x = Middle(self.mid_attention, *setting, name="mid")(x)
-        x = nn.silu(_norm(self.groups, self.dtype, "norm_out")(x))
+        x = nn.silu(autoencoder_blocks.GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
         return nn.Conv(self.latent_channels, (3, 3), dtype=self.dtype, name="conv_out")(x)
 
 
@@ -236,7 +235,7 @@ class Decoder(nn.Module):
             if i > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"up_{i}")(x)
-        x = nn.silu(_norm(self.groups, self.dtype, "norm_out")(x))
+        x = nn.silu(autoencoder_blocks.GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
         return nn.Conv(self.out_channels, (3, 3), dtype=self.dtype, name="conv_out")(x)
 
 
@@ -253,10 +252,10 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for j in range(self.blocks):
-            x = Block(self.channels, self.groups, self.dtype, name=f"block_{j}")(x)
+            x = _block(self.channels, self.groups, self.dtype, f"block_{j}")(x)
             if self.attends:
                 name = f"attention_{j}"
-                x = Attention(self.groups, self.attention, self.dtype, name=name)(x)
+                x = _attention(self.groups, self.attention, self.dtype, name)(x)
         return x
 
 
@@ -270,56 +269,21 @@ class Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Block(x.shape[-1], self.groups, self.dtype, name="block_0")(x)
+        x = _block(x.shape[-1], self.groups, self.dtype, "block_0")(x)
         if self.attends:
-            x = Attention(self.groups, self.attention, self.dtype, name="attention_0")(x)
-        return Block(x.shape[-1], self.groups, self.dtype, name="block_1")(x)
+            x = _attention(self.groups, self.attention, self.dtype, "attention_0")(x)
+        return _block(x.shape[-1], self.groups, self.dtype, "block_1")(x)
 
 
-class Block(nn.Module):
-    """Residual block: x + conv(silu(norm(conv(silu(norm(x)))))), 1x1 where channels change."""
-
-    channels: int
-    groups: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        y = nn.silu(_norm(self.groups, self.dtype, "norm1")(x))
-        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(y)
-        y = nn.silu(_norm(self.groups, self.dtype, "norm2")(y))
-        y = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(y)
-        if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
-        return x + y
+def _block(channels: int, groups: int, dtype: Any, name: str) -> autoencoder_blocks.ResnetBlock:
+    return autoencoder_blocks.ResnetBlock(channels, groups, dtype=dtype, name=name)
 
 
-class Attention(nn.Module):
-    """Attention of all pixels to all, one head of all channels, added to x [b, y, x, c]."""
-
-    groups: int
-    attention: str | None
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
-        y = _norm(self.groups, self.dtype, "norm")(x)
-        y = y.reshape(y.shape[0], -1, width)
-        projected = [
-            nn.Dense(width, dtype=self.dtype, name=name)(y)[:, :, None]
-            for name in ("query", "key", "value")
-        ]
-        y = attention(*projected, implementation=self.attention)[:, :, 0]
-        y = nn.Dense(width, dtype=self.dtype, name="output")(y)
-        return x + y.reshape(x.shape)
-
-
-def _norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-    # The fast variance E[x^2] - E[x]^2 loses digits where the mean is large.
-    return nn.GroupNorm(
-        num_groups=groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name
-    )
+def _attention(
+    groups: int, implementation: str | None, dtype: Any, name: str
+) -> autoencoder_blocks.SelfAttention:
+    options: Any = dict(dtype=dtype, implementation=implementation, name=name)
+    return autoencoder_blocks.SelfAttention(groups, **options)
 
 
 def param_axes(module: VQGAN) -> dict[str, Names]:

@@ -1,7 +1,7 @@
 """Blocks of convolutional image autoencoders: residual blocks, attention, changes of resolution.
 
 All map images [n, h, w, c]. Parameters are float32, statistics of norms are float32 or wider,
-`dtype` is the compute type.
+`dtype` is the compute type; None is that of images and parameters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
-        return group_norm(x, scale, bias, self.groups, self.epsilon).astype(self.dtype)
+        y = group_norm(x, scale, bias, self.groups, self.epsilon)
+        return y.astype(x.dtype if self.dtype is None else self.dtype)
 
 
 def conv(channels: int, size: int, name: str, dtype: Any) -> nn.Conv:
@@ -93,11 +94,18 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head of attention among the pixels of an image, added to it."""
+    """One head of attention among the pixels of an image, added to it.
+
+    Attributes:
+      groups, epsilon: of the norm.
+      dtype: compute type.
+      implementation: of the attention, see `nvs_common.attention`.
+    """
 
     groups: int = 32
     epsilon: float = EPSILON
     dtype: Any = jnp.float32
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -108,7 +116,7 @@ class SelfAttention(nn.Module):
             nn.Dense(c, dtype=self.dtype, name=name)(y)[:, :, None]
             for name in ("query", "key", "value")
         )
-        attended = attention.attention(q, k, v)[:, :, 0]
+        attended = attention.attention(q, k, v, implementation=self.implementation)[:, :, 0]
         out = nn.Dense(c, dtype=self.dtype, name="output")(attended)
         return x + out.reshape(x.shape)
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nvs_common import baselines, metrics, panels, rendering
-from nvs_common.data import views
+from nvs_common.data import splits, views
 from nvs_common.errors import InputError
 from nvs_common.types import Task, Variables, Views
 
@@ -44,6 +45,7 @@ class Protocol:
     Attributes:
       num_inputs: inputs of each target, the nearest by distance of camera centres.
       hold_out_every: every so-manieth view, from the first, is a target and never an input.
+      split: name of a published split, in place of hold_out_every; see `data.splits`.
       size: (height, width) that scenes are resized to, None for their own.
       border: pixels cut off on each side before images are compared.
       ssim: the flavour that tables show, "gaussian" or "sample"; both are computed.
@@ -52,6 +54,7 @@ class Protocol:
 
     num_inputs: int = 8
     hold_out_every: int = 8
+    split: str = ""
     size: tuple[int, int] | None = None
     border: int = 0
     ssim: metrics.SSIMFlavour = "gaussian"
@@ -117,8 +120,9 @@ class Result:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that were computed."""
-        return tuple(self.scenes[0].views[0].scores[MODEL])
+        """Names of the metrics that were computed in all scenes."""
+        of_each = [scene.views[0].scores[MODEL] for scene in self.scenes]
+        return tuple(name for name in of_each[0] if all(name in one for one in of_each))
 
     def mean(self, method: str, metric: str) -> float:
         """Mean over scenes of the scenes' means, so that a long capture does not outweigh."""
@@ -182,7 +186,7 @@ def quick(task: Task, variables: Variables, source: Any, config) -> Evaluation:
     """
     size = (config.data.height, config.data.width)
     every = config.data.get("hold_out_every", 8) or 8
-    protocol = Protocol(config.data.num_context, every)
+    protocol = Protocol(config.data.num_context, every, config.data.get("split", ""))
     per_scene = config.eval.get("views", 1)
     values, images = [], {}
     for number in range(min(len(source), config.eval.num_scenes)):
@@ -195,25 +199,35 @@ def quick(task: Task, variables: Variables, source: Any, config) -> Evaluation:
         chosen = ((np.arange(count) + 0.5) * len(plan.targets) / count).astype(int)
         plan = plan._replace(targets=plan.targets[chosen], inputs=plan.inputs[chosen])
         for view in _views(task, variables, plan, chunk=1):
-            values.append(scores(view.rendered.image, view.truth, protocol))
+            values.append(scores(view.rendered.image, view.truth, protocol, view.mask))
             panel = _panel(view, "", "")
             parts = (panel.truth, panel.prediction, panel.error, panel.depth)
             name = f"scene_{number}_view_{view.index}"
             images[name] = panels.strip([part for part in parts if part is not None])
     if not values:
         raise InputError("there is no held-out scene: set eval.num_scenes to 1 or more.")
-    means = {key: float(np.mean([v[key] for v in values])) for key in ("psnr", "ssim_gaussian")}
-    return Evaluation({"psnr": means["psnr"], "ssim": means["ssim_gaussian"]}, images)
+    shown = {"psnr": "psnr", "psnr_masked": "psnr_masked", "ssim_gaussian": "ssim"}
+    # Masks may be known of some scenes alone.
+    found = {name: [v[key] for v in values if key in v] for key, name in shown.items()}
+    return Evaluation({name: float(np.mean(v)) for name, v in found.items() if v}, images)
 
 
-def scores(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> dict[str, float]:
-    """All metrics of one image [h, w, 3], after the protocol's border crop: name -> value."""
+def scores(
+    pred: np.ndarray, truth: np.ndarray, protocol: Protocol, mask: np.ndarray | None = None
+) -> dict[str, float]:
+    """All metrics of one image [h, w, 3], after the protocol's border crop: name -> value.
+
+    With a mask [h, w] of the object there is also "psnr_masked"; all others are of the whole image.
+    """
     height, width = truth.shape[:2]
     rows = slice(protocol.border, height - protocol.border)
     columns = slice(protocol.border, width - protocol.border)
     values = _compare(pred[rows, columns], truth[rows, columns])
     if protocol.lpips is not None:
         values["lpips"] = _lpips(protocol.lpips, pred[rows, columns], truth[rows, columns])
+    if mask is not None:
+        parts = (pred[rows, columns], truth[rows, columns], mask[rows, columns])
+        values["psnr_masked"] = metrics.masked_psnr(*map(jnp.asarray, parts))
     return {name: float(value) for name, value in values.items()}
 
 
@@ -227,17 +241,21 @@ class _Plan(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A rendered target: its index, its inputs' indices [v] and images, and the truth."""
+    """A rendered target: its index, its inputs' indices [v] and images, the truth and its mask."""
 
     index: int
     inputs: np.ndarray
     images: np.ndarray
     rendered: rendering.Rendered
     truth: np.ndarray
+    mask: np.ndarray | None
 
 
 def _plan(name: str, scene: Any, protocol: Protocol) -> _Plan:
-    split = views.split_every(len(scene.names), protocol.hold_out_every)
+    count = len(scene.names)
+    split = views.split_every(count, protocol.hold_out_every)
+    if protocol.split:
+        split = splits.choose(protocol.split, count)
     cameras = scene.cameras
     inputs = rendering.nearest_inputs(
         cameras, cameras[split.target], protocol.num_inputs, allowed=split.context, name=name
@@ -267,7 +285,10 @@ def _views(task: Task, variables: Variables, plan: _Plan, chunk: int) -> Iterato
             )
         # Not through `read`: the reader holds nothing but inputs.
         truth = np.asarray(scene.images([int(index)]), np.float32)[0]
-        yield _View(int(index), inputs, read(inputs), rendered, truth)
+        mask = None
+        if getattr(scene, "has_masks", False):
+            mask = np.asarray(scene.masks([int(index)]), np.float32)[0]
+        yield _View(int(index), inputs, read(inputs), rendered, truth, mask)
 
 
 def _scene(
@@ -284,7 +305,9 @@ def _scene(
     lowest, highest = np.inf, -np.inf
     for view in _views(task, variables, plan, chunk):
         images = {MODEL: view.rendered.image, **_baselines(scene, view)}
-        by_method = {n: scores(image, view.truth, protocol) for n, image in images.items()}
+        by_method = {
+            n: scores(image, view.truth, protocol, view.mask) for n, image in images.items()
+        }
         inputs = tuple(scene.names[i] for i in view.inputs)
         name, psnr = scene.names[view.index], by_method[MODEL]["psnr"]
         results.append(ViewResult(name, view.index, inputs, by_method, view.rendered.seconds))

@@ -25,12 +25,13 @@ MAX_SHOWN = 24
 # Pictures up to this many pixels are PNG, larger ones JPEG: a page stays small enough to mail.
 _PNG_PIXELS = 128 * 256
 
-_DIGITS = {"psnr": 2, "ssim_gaussian": 4, "ssim_sample": 4, "lpips": 4}
+_DIGITS = {"psnr": 2, "ssim_gaussian": 4, "ssim_sample": 4, "lpips": 4, "psnr_masked": 2}
 _LABELS = {
     "psnr": "PSNR (dB) ↑",
     "ssim_gaussian": "SSIM gaussian ↑",
     "ssim_sample": "SSIM sample ↑",
     "lpips": "LPIPS ↓",
+    "psnr_masked": "PSNR within the mask (dB) ↑",
 }
 
 
@@ -155,7 +156,7 @@ def _protocol(protocol: Protocol) -> dict[str, Any]:
     size = "of each scene" if protocol.size is None else "{} x {}".format(*protocol.size)
     return {
         "inputs": f"{protocol.num_inputs} nearest by distance of camera centres",
-        "held out": f"every {protocol.hold_out_every}th view, from the first",
+        "held out": protocol.split or f"every {protocol.hold_out_every}th view, from the first",
         "image size (h x w)": size,
         "border left out": f"{protocol.border} pixels",
         "near and far": "smallest and greatest of the inputs'",

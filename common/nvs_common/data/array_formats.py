@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from nvs_common.data import images, scene_files, scene_formats
+from nvs_common.data import images, masks, scene_files, scene_formats
 from nvs_common.data.scene_files import Packed
 from nvs_common.data.scene_formats import Loaded, Options, Posed
 from nvs_common.errors import InputError
@@ -76,6 +76,7 @@ def read_neus(path: pathlib.Path, options: Options) -> Loaded:
     folder = image_folder(root, options.image_folder, ("image", "images", "rgb"))
     files = _numbered(folder, count, path)
     posed = []
+    covered = masks.beside(root, count, path)
     for i, file in enumerate(files):
         where = f"{path}: frame {file.name!r}"
         world, scale = (_square(arrays, f"{key}_{i}", where) for key in ("world_mat", "scale_mat"))
@@ -90,10 +91,13 @@ def read_neus(path: pathlib.Path, options: Options) -> Loaded:
                 scene_formats.pixel_lens(intrinsics + [0, 0, 0.5, 0.5], None),
                 near=max(distance - 1, SPHERE_MIN_NEAR),
                 far=distance + 1,
+                mask=None if covered is None else covered[i],
             )
         )
     frames = scene_formats.build_frames(posed, root, path)
-    return Loaded(tuple(frames), "NeuS", root, "unit sphere of scale_mat")
+    units = arrays["scale_mat_0"].astype(np.float64)
+    bounds = "unit sphere of scale_mat"
+    return Loaded(tuple(frames), "NeuS", root, bounds, world_from_scene=units)
 
 
 def decompose_projection(projection: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -71,13 +71,25 @@ def decode(path: pathlib.Path, packed: Packed | None = None) -> np.ndarray:
       InputError: as `probe`, or the data ends early or is damaged, or holds other values.
     """
     with _open(path, packed) as image:
-        try:
-            image.load()
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{path}: cannot be decoded ({error}); the file is damaged or cut short."
-            ) from error
+        _load(image, path)
         return _to_rgb(image, path)
+
+
+def has_alpha(path: pathlib.Path, packed: Packed | None = None) -> bool:
+    """Whether an image has an alpha channel, from its header alone; arguments as of `probe`."""
+    with _open(path, packed) as image:
+        return image.mode in ("RGBA", "LA", "La", "RGBa")
+
+
+def decode_alpha(path: pathlib.Path, packed: Packed | None = None) -> np.ndarray:
+    """The alpha channel of an image that has one: float32 [h, w] in [0, 1].
+
+    Raises:
+      InputError: as `decode`.
+    """
+    with _open(path, packed) as image:
+        _load(image, path)
+        return np.asarray(image.getchannel(image.getbands()[-1]), np.float32) / 255
 
 
 def _open(path: pathlib.Path, packed: Packed | None) -> Image.Image:
@@ -99,6 +111,15 @@ def _open(path: pathlib.Path, packed: Packed | None) -> Image.Image:
         image.close()
         raise
     return image
+
+
+def _load(image: Image.Image, path: pathlib.Path) -> None:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be decoded ({error}); the file is damaged or cut short."
+        ) from error
 
 
 def _check(image: Image.Image, path: pathlib.Path) -> None:

@@ -103,6 +103,7 @@ def _transforms_frame(
         gl @ scene_formats.OPENGL,
         _transforms_lens(lens_keys, where),
         _transforms_distortion(lens_keys, where),
+        mask=_image(frame, "mask_path", path) if "mask_path" in frame else None,
     )
 
 

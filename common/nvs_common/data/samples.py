@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from nvs_common.data import sources, views
+from nvs_common.data import sources, splits, views
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Views
 
@@ -38,7 +38,11 @@ class Sampler:
       skip_short_scenes: leave out a folder's scenes with too few views, which are an error
         otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
+      split: name of a published split that says which views of a folder's scene training has, in
+        place of hold_out_every, see `splits`.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
+      with_mask: adds the share of the targets' pixels that the object covers, [t, h, w], as
+        extras["mask"].
       max_bad_scenes: how many scenes that turn out to be unreadable, themselves or their images,
         one process may replace by the next scene before it stops.
     """
@@ -54,7 +58,9 @@ class Sampler:
     crops: tuple[tuple[int, int], ...] = ()
     skip_short_scenes: bool = False
     hold_out_every: int = 8
+    split: str = ""
     with_depth: bool = False
+    with_mask: bool = False
     max_bad_scenes: int = 0
 
     @classmethod
@@ -85,6 +91,8 @@ class Sampler:
 
     def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
         """Indices of the views that training may use."""
+        if self.split and folder:
+            return splits.choose(self.split, len(scene.names)).context
         every = self.hold_out_every if folder else 0
         return views.split_every(len(scene.names), every).context
 
@@ -175,6 +183,12 @@ class Sampler:
                     f"data.with_depth is set, but {_name(scene)} has no depth: unset it, "
                     "or train on the procedural world. With Quark: configs/quark.py:tiny,photos."
                 )
+            if self.with_mask and not getattr(scene, "has_masks", False):
+                raise InputError(
+                    f"data.with_mask is set, but {_name(scene)} has views without a mask: give "
+                    "every image an alpha channel or a file in the folder 'mask' beside them, or "
+                    "set data.with_mask=False and loss.mask_weight=0."
+                )
 
     def _example(self, source: sources.LazyScenes) -> int:
         """One of the first scenes that is long enough; the first of all where none is."""
@@ -217,7 +231,8 @@ class DrawSample:
                 continue
             choice = sampler.choose(scene, sampler.allowed(scene, folder=self._folder), rng)
             try:
-                return assemble(scene, choice, with_depth=sampler.with_depth)
+                extras = {"with_depth": sampler.with_depth, "with_mask": sampler.with_mask}
+                return assemble(scene, choice, **extras)
             except InputError as error:
                 self._replace(number, error)
             except Exception as error:
@@ -256,8 +271,9 @@ class DrawShape:
             context = Views(context.images[:, :count], context.cameras[:, :count])
         if sampler.crops:
             size = sampler.crops[int(rng.integers(len(sampler.crops)))]
-            if "depth" in extras:
-                extras["depth"] = extras["depth"][..., *crop_window(target.cameras, size)]
+            for name in ("depth", "mask"):
+                if name in extras:
+                    extras[name] = extras[name][..., *crop_window(target.cameras, size)]
             context, target = crop(context, size), crop(target, size)
         return Batch(context, target, extras)
 
@@ -292,15 +308,17 @@ def crop_window(cameras: Cameras, size: tuple[int, int]) -> tuple[slice, slice]:
     return slice(top, top + size[0]), slice(left, left + size[1])
 
 
-def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:
+def assemble(
+    scene: Any, choice: views.Choice, *, with_depth: bool = False, with_mask: bool = False
+) -> Batch:
     """Reads the chosen views of a scene, and no others.
 
     Targets take their near and far from the context, see `views.bounded`.
 
     Returns:
-      A `Batch` without the scene axis: context Views [v], target Views [t], float32, with
-      `with_depth` extras["depth"] [t, h, w] in z, and extras["drawn_poses"] [v + t, 4, 4] where
-      the choice says which views it was made from.
+      A `Batch` without the scene axis: context Views [v], target Views [t], float32; with
+      `with_depth` extras["depth"] [t, h, w] in z, with `with_mask` extras["mask"] [t, h, w], and
+      extras["drawn_poses"] [v + t, 4, 4] where the choice says which views it was made from.
     """
     extras = {}
     if choice.drawn is not None:
@@ -308,6 +326,8 @@ def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> B
         extras["drawn_poses"] = np.asarray(poses, np.float32)
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
+    if with_mask:
+        extras["mask"] = np.asarray(scene.masks(choice.target), np.float32)
     context, target = _views(scene, choice.context), _views(scene, choice.target)
     # As in evaluation and rendering, where a target's own range is not known.
     inputs = np.tile(choice.context, (len(choice.target), 1))

@@ -45,6 +45,7 @@ class Posed:
       near: z-depth, where the file gives one.
       far: z-depth, where the file gives one.
       packed: the image itself, where it is in an archive; `image` is then a name alone.
+      mask: path of its mask relative to the scene's folder, where it has a file of its own.
     """
 
     image: str
@@ -54,6 +55,7 @@ class Posed:
     near: float | None = None
     far: float | None = None
     packed: Packed | None = None
+    mask: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Frame:
       near: z-depth or None.
       far: z-depth or None.
       packed: the image where it is in an archive; `path` then names it for messages.
+      mask: the file of its mask; None where there is none, or the image's own alpha is one.
     """
 
     path: pathlib.Path
@@ -83,6 +86,7 @@ class Frame:
     near: float | None = None
     far: float | None = None
     packed: Packed | None = None
+    mask: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Loaded:
       bounds: where the frames' near and far come from; None to have them from geometry.
       common_crop: whether images of different sizes are cropped to the common one (Spaces).
       ordered: whether frames keep this order, that of a video; otherwise they are sorted by name.
+      world_from_scene: [4, 4] rotation, one scale and translation from the frame of the cameras to
+        the units of the files, where a reader changes units (NeuS); None where it does not.
     """
 
     frames: tuple[Frame, ...]
@@ -104,6 +110,7 @@ class Loaded:
     bounds: str | None = None
     common_crop: bool = False
     ordered: bool = False
+    world_from_scene: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +288,9 @@ def build_frames(
             raise InputError(f"{where}: the image is listed twice; remove one of the two.")
         seen.add(path)
         known = (frames[0].height, frames[0].width) if check == "first" and frames else None
-        frames.append(_build(item, path, where, known or images.probe(path, item.packed)))
+        mask = None if item.mask is None else _mask(item.mask, root, where)
+        size = known or images.probe(path, item.packed)
+        frames.append(_build(item, path, mask, where, size))
     if missing:
         log.warning(
             "%s: skipped %d of %d frames whose images are missing (first: %s)",
@@ -292,7 +301,16 @@ def build_frames(
     return frames
 
 
-def _build(item: Posed, path: pathlib.Path, where: str, size: tuple[int, int]) -> Frame:
+def _mask(relative: str, root: pathlib.Path, where: str) -> pathlib.Path:
+    path = scene_files.inside(root, relative, where)
+    if not path.is_file():
+        raise InputError(f"{where}: its mask {path} is missing; restore it, or drop its entry.")
+    return path
+
+
+def _build(
+    item: Posed, path: pathlib.Path, mask: pathlib.Path | None, where: str, size: tuple[int, int]
+) -> Frame:
     height, width = size
     try:
         pose = rigid(item.world_from_cam)
@@ -305,7 +323,7 @@ def _build(item: Posed, path: pathlib.Path, where: str, size: tuple[int, int]) -
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     camera = (pose, stored, intrinsics, item.distortion)
-    return Frame(path, *camera, height, width, item.near, item.far, item.packed)
+    return Frame(path, *camera, height, width, item.near, item.far, item.packed, mask)
 
 
 def _check_depths(near: float | None, far: float | None) -> None:

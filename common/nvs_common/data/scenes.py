@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nvs_common.data import depth_bounds, distortion, images, layouts, matching
+from nvs_common.data import depth_bounds, distortion, images, layouts, masks, matching
 from nvs_common.data.images import Window
 from nvs_common.data.scene_formats import Frame, Loaded, Options
 from nvs_common.errors import InputError
@@ -38,6 +38,7 @@ class Scene:
       path: what was loaded.
       frames: stored images and their cameras.
       windows: the part of each stored image that becomes the view.
+      world_from_scene: see `scene_formats.Loaded`.
     """
 
     cameras: Cameras
@@ -47,6 +48,7 @@ class Scene:
     path: pathlib.Path
     frames: tuple[Frame, ...] = dataclasses.field(repr=False)
     windows: tuple[Window, ...] = dataclasses.field(repr=False)
+    world_from_scene: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,6 +68,23 @@ class Scene:
             image = _stored_image(self.frames[i])
             result[k] = images.resample(image, self.windows[i], height, width)
         return result
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every view has a mask; by the images' headers where they may have alpha."""
+        return all(masks.known(frame) for frame in self.frames)
+
+    def masks(self, indices: Sequence[int]) -> np.ndarray:
+        """Decodes masks, float32 [k, h, w]: the share of each pixel that the object covers.
+
+        Args:
+          indices: k positions in `names`.
+
+        Raises:
+          InputError: a view has none, or one of another size than its image.
+        """
+        size = self.cameras.height, self.cameras.width
+        return np.stack([masks.read(self.frames[i], self.windows[i], *size) for i in indices])
 
     def resized(self, height: int, width: int) -> Scene:
         """The scene with images centre-cropped to an aspect and resized, antialiased.
@@ -222,7 +241,8 @@ def _scene(loaded: Loaded, path: pathlib.Path, size: tuple[int, int] | None) -> 
     poses = np.stack([frame.world_from_cam for frame in frames])
     near, far = near_far.astype(np.float64).T
     cameras = Cameras(poses, np.zeros((len(frames), 4)), near, far, height, width)
-    scene = Scene(cameras, names, loaded.source, bounds, path, frames, tuple(windows))
+    files = (names, loaded.source, bounds, path, frames, tuple(windows))
+    scene = Scene(cameras, *files, loaded.world_from_scene)
     return _assemble(scene, windows, height, width)
 
 

@@ -7,6 +7,10 @@ processes. A scene has `cameras` [n], `names`, `source`, `bounds` and `images(in
 `config.data.source` is one string:
   "procedural"                          the procedural world: no download, exact depth
   "/data/garden"                        one scene, or a folder of scenes, in any readable layout
+  "procedural_object"                   one object with masks and a known surface; number
+                                        `config.data.object`
+  "procedural_objects"                  `config.data.num_scenes` others of these
+  "images:/data/photos"                 all images of a folder, without cameras
   "procedural:0.5,/data/garden:0.5"     several of these, each with the share of samples it gets
 """
 
@@ -24,12 +28,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from nvs_common.data import procedural, scenes
+from nvs_common.data import image_folder, procedural, procedural_object, scenes
 from nvs_common.errors import InputError
 
 # Training worlds have seeds below this number and the evaluation world has exactly it, so no
 # run, whatever its seed, trains on a scene that any run is evaluated on.
 HELD_OUT_SEED = 2**31
+# Objects of "procedural_objects" have this number and those after it.
+OTHER_OBJECTS = 100_000
+IMAGES = "images:"
 # Of a folder of more scenes, each is loaded when it is asked for.
 LOADED_AT_START = 64
 # Views of such a folder whose cameras stay in memory, 1 kB each.
@@ -156,16 +163,38 @@ class KeptScene:
     def __init__(self, scene: Any):
         self._scene = scene
         self._images: dict[int, np.ndarray] = {}
+        self._masks: dict[int, np.ndarray] = {}
         self.cameras, self.names = scene.cameras, scene.names
-        self.source, self.bounds, self.depths = scene.source, scene.bounds, scene.depths
+        self.source, self.bounds = scene.source, scene.bounds
+        if hasattr(scene, "depths"):
+            self.depths = scene.depths
+        if hasattr(scene, "path"):
+            self.path = scene.path
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the scene has masks."""
+        return getattr(self._scene, "has_masks", False)
 
     def images(self, indices: Any) -> np.ndarray:
         """Images [k, h, w, 3] float32."""
-        missing = [int(i) for i in indices if int(i) not in self._images]
-        if missing:
-            made = self._scene.images(missing)
-            self._images.update(zip(missing, made, strict=True))
-        return np.stack([self._images[int(i)] for i in indices])
+        return _keep(self._images, self._scene.images, indices)
+
+    def masks(self, indices: Any) -> np.ndarray:
+        """Masks [k, h, w] float32."""
+        return _keep(self._masks, self._scene.masks, indices)
+
+    def resized(self, height: int, width: int) -> Any:
+        """The scene at another size; nothing of it is kept."""
+        return self._scene.resized(height, width)
+
+
+def _keep(kept: dict[int, np.ndarray], read: Any, indices: Any) -> np.ndarray:
+    """What `read` gives of indices [k], read once."""
+    missing = sorted({int(i) for i in indices} - set(kept))
+    if missing:
+        kept.update(zip(missing, read(missing), strict=True))
+    return np.stack([kept[int(i)] for i in indices])
 
 
 def make_source(config) -> Any:
@@ -237,14 +266,16 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     named = parse(text)
     parts = []
     for name, _ in named:
+        training = seed != HELD_OUT_SEED
+        keep = training and config.data.get("keep_in_memory", False)
         if name == "procedural":
-            training = seed != HELD_OUT_SEED
             made = world(config, seed, num_scenes, augment=training)
-            keep = training and config.data.get("keep_in_memory", False)
             parts.append(Kept(made) if keep else made)
-        else:
-            size = (config.data.height, config.data.width)
-            parts.append(load_folder(name, size=size, max_bad=max_bad))
+            continue
+        made = _folder(config, name, max_bad)
+        if keep and isinstance(made, FolderScenes):
+            made = dataclasses.replace(made, scenes=tuple(KeptScene(one) for one in made.scenes))
+        parts.append(made)
     if len(parts) == 1:
         return parts[0]
     return Mixture(tuple(parts), tuple(weight for _, weight in named))
@@ -321,6 +352,21 @@ def load_folder(
     if skipped:
         logging.warning("%s: %d scenes usable, %d skipped.", path, len(good), len(skipped))
     return FolderScenes(tuple(good), skipped)
+
+
+def _folder(config, name: str, max_bad: int) -> FolderScenes | LazyScenes:
+    """Scenes of which some views are held out: folders, and procedural objects."""
+    size = (config.data.height, config.data.width)
+    if name.startswith(IMAGES):
+        return FolderScenes((image_folder.load(name.removeprefix(IMAGES), size=size),), {})
+    views = config.data.views_per_scene
+    if name == "procedural_object":
+        one = procedural_object.orbit(config.data.get("object", 0), *size, views)
+        return FolderScenes((one,), {})
+    if name == "procedural_objects":
+        numbers = range(OTHER_OBJECTS, OTHER_OBJECTS + config.data.num_scenes)
+        return FolderScenes(tuple(procedural_object.orbit(n, *size, views) for n in numbers), {})
+    return load_folder(name, size=size, max_bad=max_bad)
 
 
 def _join(reasons: Iterable[str]) -> str:

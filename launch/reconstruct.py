@@ -1,0 +1,117 @@
+"""Evaluates a trained VQGAN on held-out images, and writes its weights for VQ-NeRF.
+
+    python launch/reconstruct.py --workdir=runs/codes --out=report [--export=codes.npz]
+
+Prints PSNR and SSIM of the reconstructions, and perplexity and usage of the codes over all held-out
+images (--data=SOURCE for others: a source as in config.data.source, all of whose images are taken).
+OUT receives pictures.png (images above, reconstructions below) and metrics.json. The exported file
+has the array names of diffusers' VQModel: pass it as --config.model.vqgan_weights.
+Exit codes: 0 done, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# launch/ and configs/ belong to the checkout and are not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from launch import cli, trained
+from nvs_common import metrics, panels, runs
+from nvs_common.data import sources, views
+from nvs_common.errors import InputError
+from vqnerf_jax import codes, vqgan_task, vqgan_weights
+
+_SOURCE = trained.define_source()
+_DATA = flags.DEFINE_string("data", "", "Other images than the run's held-out ones.")
+_OUT = flags.DEFINE_string("out", None, "Folder for pictures.png and metrics.json.", required=True)
+_EXPORT = flags.DEFINE_string("export", "", "File for the weights: .npz.")
+_SHOWN = flags.DEFINE_integer("shown", 8, "Images in pictures.png.", lower_bound=1)
+_MOST = flags.DEFINE_integer("most", 256, "Images that are evaluated at most.", lower_bound=1)
+
+
+def main(_) -> int:
+    """Evaluates; returns the exit code."""
+    model = trained.load(_SOURCE)
+    if model.config.system != "vqgan":
+        raise InputError(f"{model.path}: {model.config.system} is no auto-encoder of images.")
+    if _EXPORT.value and pathlib.Path(_EXPORT.value).suffix != ".npz":
+        raise InputError(f"--export={_EXPORT.value}: weights are written as .npz.")
+    module = vqgan_task.make_parts(model.config).module
+    apply = jax.jit(lambda v, x: vqgan_task.reconstruct(module, v, x))
+    scores, shown, total = [], [], 0.0
+    for image in _images(model.config):
+        made = apply(model.variables, image[None])
+        pair = (made.images, jnp.asarray(image[None]))
+        scores.append([float(metrics.psnr(*pair)[0]), float(metrics.ssim(*pair)[0])])
+        if made.quantized is not None:
+            total = total + np.asarray(made.quantized.counts, np.float64)
+        if len(shown) < _SHOWN.value:
+            shown.append(np.concatenate([image, np.asarray(made.images[0])]))
+    psnr, ssim = np.mean(scores, axis=0)
+    found = {"images": len(scores), "psnr": psnr, "ssim": ssim, "step": model.step}
+    if np.ndim(total):
+        counts = jnp.asarray(total, jnp.float32)
+        found |= {
+            "perplexity": float(codes.perplexity(counts)),
+            "usage": float(codes.usage(counts)),
+        }
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(panels.to_uint8(np.concatenate(shown, axis=1))).save(out / "pictures.png")
+    runs.write_text(out / "metrics.json", json.dumps(found, indent=1) + "\n")
+    print(", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+    if _EXPORT.value:
+        _export(module, model.variables)
+    return 0
+
+
+def _images(config: Any) -> Iterator[np.ndarray]:
+    """Images [h, w, 3] that training has not seen, or all of --data."""
+    if _DATA.value:
+        config.eval.source = _DATA.value
+    source, left = sources.held_out(config), _MOST.value
+    every = 0 if _DATA.value else config.data.hold_out_every
+    folder = isinstance(source, sources.FOLDERS)
+    for number in range(len(source)):
+        scene = source[number]
+        count = len(scene.names)
+        held = views.split_every(count, every).target if folder and every else np.arange(count)
+        for index in held[:left]:
+            yield np.asarray(scene.images([int(index)]), np.float32)[0]
+        left -= len(held)
+        if left <= 0:
+            return
+
+
+def _export(module: Any, variables: Any) -> None:
+    """Writes the auto-encoder's arrays, whole or not at all."""
+    held = {"params": variables["params"]["vqgan"]}
+    if "codes" in variables:
+        held["codes"] = variables["codes"]
+    path = pathlib.Path(_EXPORT.value)
+    temporary = path.with_name(path.name + ".tmp.npz")
+    try:
+        np.savez(temporary, **vqgan_weights.vqgan_to_torch(module, held))
+        temporary.replace(path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(
+        f"{path}: --config.model.vqgan_weights={path} --config.model.vqgan.groups={module.groups}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

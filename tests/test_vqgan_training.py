@@ -1,0 +1,152 @@
+"""Training of a VQGAN: who learns from which loss, the adaptive weight, codes in use, export."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import vqgan as vqgan_config
+from nvs_common import errors, sharding
+from nvs_common.types import Batch, Cameras, Views
+from vqnerf_jax import discriminator, load_vqgan, vqgan_task, vqgan_to_torch
+
+
+def config(setting="tiny", **loss):
+    config = vqgan_config.get_config(setting)
+    config.model.update(channels=(4, 4), groups=2, num_codes=8, code_width=3, latent_channels=4)
+    config.model.update(blocks=1, mid_attention=False)
+    config.discriminator.update(channels=4, layers=1, groups=2)
+    config.loss.update(perceptual_weight=0.0, gan_weight=0.5, gan_start=2, **loss)
+    return config
+
+
+def batch():
+    draw = np.random.default_rng(0)
+    images = draw.uniform(size=(2, 1, 8, 8, 3)).astype(np.float32)
+    pose, ones = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1, 1)), np.ones((2, 1), np.float32)
+    cams = Cameras(pose, np.ones((2, 1, 4), np.float32), ones, 2 * ones, 8, 8)
+    views = Views(images, cams)
+    return Batch(views, views)
+
+
+@functools.cache
+def stepped(update):
+    """Gradients and metrics of a step after the discriminator's start, and the state before."""
+    settings = config()
+    if update == "gradient":
+        settings = config("tiny,gradient")
+    made = vqgan_task.make(settings)
+    variables = made.init(jax.random.key(0), batch())
+    variables["schedule"]["step"] = jnp.asarray(5)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            return made.loss({**variables, "params": params}, batch(), jax.random.key(1))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, aux), gradients = run(variables["params"])
+    return made, variables, value, aux, gradients
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_all_parts_learn(update):
+    _, variables, value, aux, gradients = stepped(update)
+    assert jnp.isfinite(value)
+    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        leaves = jax.tree.leaves(gradients["vqgan"][part])
+        assert any(jnp.any(x != 0) for x in leaves), part
+    assert all(jnp.any(x != 0) for x in jax.tree.leaves(gradients["discriminator"]["logits"]))
+    assert aux.collections["schedule"]["step"] == 6
+    if update == "gradient":
+        assert jnp.any(gradients["vqgan"]["codebook"]["embedding"] != 0)
+        assert "codes" not in aux.collections
+    else:
+        before = variables["codes"]["codebook"]["state"].codes
+        assert jnp.any(aux.collections["codes"]["codebook"]["state"].codes != before)
+
+
+def test_the_loss_is_the_sum_of_its_terms():
+    _, _, value, aux, _ = stepped("ema")
+    said = aux.metrics
+    wanted = said["l1"] + said["quantizer"] + said["discriminator"]
+    wanted += 0.5 * said["adaptive_weight"] * said["adversarial"]
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+
+
+def test_decoder_and_discriminator_are_constants_to_each_other():
+    parts = vqgan_task.make_parts(config())
+    draw = np.random.default_rng(1)
+    decoded, real = (jnp.asarray(draw.uniform(size=(2, 8, 8, 3)), jnp.float32) for _ in range(2))
+    assert parts.opponent is not None
+    params = {"discriminator": parts.opponent.init(jax.random.key(0), decoded)["params"]}
+
+    def gradients(name):
+        def one(params, decoded):
+            return vqgan_task._adversarial(parts, params, decoded, real)[name]
+
+        of_params, of_images = jax.grad(one, argnums=(0, 1))(params, decoded)
+        return any(jnp.any(x != 0) for x in jax.tree.leaves(of_params)), jnp.any(of_images != 0)
+
+    assert gradients("adversarial") == (False, True)
+    assert gradients("discriminator") == (True, False)
+
+
+def test_hinge_losses_and_their_balance():
+    real, fake = jnp.asarray([2.0, 0.5]), jnp.asarray([-2.0, 0.0])
+    assert discriminator.hinge(real, fake) == pytest.approx(0.5 * (0.25 + 0.5))
+    assert discriminator.deceive(fake) == 1.0
+    weight = discriminator.adaptive_weight(jnp.full(4, 3.0), jnp.full(4, 0.5))
+    assert weight == pytest.approx(6.0, rel=1e-3)
+    assert discriminator.adaptive_weight(jnp.full(4, 3.0), jnp.zeros(4)) == discriminator.LARGEST
+
+
+def test_codes_count_as_used_for_a_while():
+    made, variables, _, aux, _ = stepped("ema")
+    last = np.asarray(aux.collections["schedule"]["last_used"])
+    used = last == 5
+    assert used.any() and (last[~used] == -vqgan_task.RECENT_STEPS).all()
+    assert aux.metrics["usage"] == pytest.approx(used.mean())
+    later = {**variables, "schedule": {"step": jnp.asarray(7), "last_used": jnp.full(8, 6)}}
+    shapes = jax.eval_shape(made.loss, later, batch(), jax.random.key(0))
+    assert shapes[1].metrics["usage"].shape == ()
+
+
+def test_what_is_exported_decodes_the_same():
+    made, variables, *_ = stepped("ema")
+    module = vqgan_task.make_parts(config()).module
+    images = batch().target.images[:, 0]
+    wanted = vqgan_task.reconstruct(module, variables, images).images
+    held = {"params": variables["params"]["vqgan"], "codes": variables["codes"]}
+    again, loaded = load_vqgan(vqgan_to_torch(module, held), groups=2)
+    out = again.apply(loaded, 2 * images - 1)
+    np.testing.assert_allclose((out.images + 1) / 2, wanted, atol=1e-5)
+    shown = made.render(variables, batch().context, batch().target.cameras)
+    np.testing.assert_allclose(shown.images[:, 0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [*vqgan_config.SETTINGS, "tiny,gradient"])
+def test_every_parameter_has_one_layout(setting):
+    settings = vqgan_config.get_config(f"{setting},no_perceptual")
+    made = vqgan_task.make(settings)
+    shapes = jax.eval_shape(lambda: made.init(jax.random.key(0), batch()))
+    sharding.param_specs(shapes["params"], made.param_axes)
+
+
+def test_bad_settings_are_explained():
+    settings = config()
+    settings.loss.perceptual_weight = 1.0
+    with pytest.raises(errors.InputError, match="needs a file of LPIPS in loss.lpips_weights"):
+        vqgan_task.make(settings)
+    settings = config()
+    settings.model.depth = 3
+    with pytest.raises(errors.InputError, match=r"unknown fields \['depth'\]"):
+        vqgan_task.make(settings)
+    made, variables, *_ = stepped("ema")
+    more = dataclasses.replace(batch().target.cameras, near=np.ones((2, 3), np.float32))
+    with pytest.raises(errors.InputError, match="3 targets, but 1 inputs: an auto-encoder decodes"):
+        made.render(variables, batch().context, more)
