@@ -36,6 +36,7 @@ class Sampler:
         otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
+      with_mask: adds the targets' foreground [t, h, w] in [0, 1] as extras["mask"].
       max_bad_scenes: how many scenes that turn out to be unreadable, themselves or their images,
         one process may replace by the next scene before it stops.
     """
@@ -51,6 +52,7 @@ class Sampler:
     skip_short_scenes: bool = False
     hold_out_every: int = 8
     with_depth: bool = False
+    with_mask: bool = False
     max_bad_scenes: int = 0
 
     @classmethod
@@ -167,6 +169,11 @@ class Sampler:
                     f"data.with_depth is set, but {_name(scene)} has no depth: unset it, "
                     "or train on the procedural world. With Quark: configs/quark.py:tiny,photos."
                 )
+            if self.with_mask and not getattr(scene, "has_masks", False):
+                raise InputError(
+                    f"data.with_mask is set, but {_name(scene)} has no masks: unset it, or train "
+                    "on renders with a transparent background or on data.source=objects."
+                )
 
     def _example(self, source: sources.LazyScenes) -> int:
         """One of the first scenes that is long enough; the first of all where none is."""
@@ -209,7 +216,8 @@ class DrawSample:
                 continue
             choice = sampler.choose(scene, sampler.allowed(scene, folder=self._folder), rng)
             try:
-                return assemble(scene, choice, with_depth=sampler.with_depth)
+                wanted = dict(with_depth=sampler.with_depth, with_mask=sampler.with_mask)
+                return assemble(scene, choice, **wanted)
             except InputError as error:
                 self._replace(number, error)
             except Exception as error:
@@ -247,16 +255,20 @@ class DrawContextSize:
         return dataclasses.replace(batch, context=Views(images, cameras))
 
 
-def assemble(scene: Any, choice: views.Choice, *, with_depth: bool = False) -> Batch:
+def assemble(
+    scene: Any, choice: views.Choice, *, with_depth: bool = False, with_mask: bool = False
+) -> Batch:
     """Reads the chosen views of a scene, and no others.
 
     Targets take their near and far from the context, see `views.bounded`.
 
     Returns:
       A `Batch` without the scene axis: context Views [v], target Views [t], float32, and with
-      `with_depth` extras["depth"] [t, h, w] in z.
+      `with_depth` extras["depth"] [t, h, w] in z, with `with_mask` extras["mask"] [t, h, w].
     """
     extras = {}
+    if with_mask:
+        extras["mask"] = np.asarray(scene.masks(choice.target), np.float32)
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
     context, target = _views(scene, choice.context), _views(scene, choice.target)

@@ -6,6 +6,7 @@ processes. A scene has `cameras` [n], `names`, `source`, `bounds` and `images(in
 
 `config.data.source` is one string:
   "procedural"                          the procedural world: no download, exact depth
+  "objects"                             single objects before white on an orbit, with masks
   "/data/garden"                        one scene, or a folder of scenes, in any readable layout
   "procedural:0.5,/data/garden:0.5"     several of these, each with the share of samples it gets
 """
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from nvs_common.data import procedural, scenes
+from nvs_common.data import objects, procedural, scenes
 from nvs_common.errors import InputError
 
 # Training worlds have seeds below this number and the evaluation world has exactly it, so no
@@ -151,21 +152,37 @@ class Kept:
 
 
 class KeptScene:
-    """A scene of `Kept`: what the other scene has, and its images so far."""
+    """A scene of `Kept`: what the other scene has, and its images, depths and masks so far."""
 
     def __init__(self, scene: Any):
         self._scene = scene
-        self._images: dict[int, np.ndarray] = {}
+        self._made: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
         self.cameras, self.names = scene.cameras, scene.names
-        self.source, self.bounds, self.depths = scene.source, scene.bounds, scene.depths
+        self.source, self.bounds = scene.source, scene.bounds
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether `masks` is there."""
+        return getattr(self._scene, "has_masks", False)
 
     def images(self, indices: Any) -> np.ndarray:
         """Images [k, h, w, 3] float32."""
-        missing = [int(i) for i in indices if int(i) not in self._images]
+        return self._kept("images", indices)
+
+    def depths(self, indices: Any) -> np.ndarray:
+        """z-depths [k, h, w] float32."""
+        return self._kept("depths", indices)
+
+    def masks(self, indices: Any) -> np.ndarray:
+        """Foreground [k, h, w] float32, of a scene that has it."""
+        return self._kept("masks", indices)
+
+    def _kept(self, what: str, indices: Any) -> np.ndarray:
+        known = self._made[what]
+        missing = [int(i) for i in indices if int(i) not in known]
         if missing:
-            made = self._scene.images(missing)
-            self._images.update(zip(missing, made, strict=True))
-        return np.stack([self._images[int(i)] for i in indices])
+            known.update(zip(missing, getattr(self._scene, what)(missing), strict=True))
+        return np.stack([known[int(i)] for i in indices])
 
 
 def make_source(config) -> Any:
@@ -237,9 +254,12 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     named = parse(text)
     parts = []
     for name, _ in named:
-        if name == "procedural":
+        if name in ("procedural", "objects"):
             training = seed != HELD_OUT_SEED
-            made = world(config, seed, num_scenes, augment=training)
+            if name == "objects":
+                made = orbits(config, seed, num_scenes)
+            else:
+                made = world(config, seed, num_scenes, augment=training)
             keep = training and config.data.get("keep_in_memory", False)
             parts.append(Kept(made) if keep else made)
         else:
@@ -274,6 +294,15 @@ def world(
         rigs=tuple(config.data.get("rigs", procedural.World.rigs)),
         **{name: config.data.get(name, 0.0) for name in names},
     )
+
+
+def orbits(
+    config, seed: int, num_scenes: int, size: tuple[int, int] | None = None
+) -> objects.Objects:
+    """The procedural objects of a config: its views a scene, elevations and, by default, size."""
+    height, width = size or (config.data.height, config.data.width)
+    elevation = tuple(config.data.get("elevation", objects.Objects.elevation))
+    return objects.Objects(seed, num_scenes, height, width, config.data.views_per_scene, elevation)
 
 
 def load_folder(
