@@ -36,7 +36,8 @@ class Sampler:
         otherwise; in a large folder the next scene takes the place of one that is drawn.
       hold_out_every: of a folder's scene, every so-manieth view is kept for evaluation; 0: none.
       with_depth: adds the targets' z-depth [t, h, w] as extras["depth"].
-      with_mask: adds the targets' foreground [t, h, w] in [0, 1] as extras["mask"].
+      with_mask: adds the share of the targets' pixels that the object covers, [t, h, w], as
+        extras["mask"].
       max_bad_scenes: how many scenes that turn out to be unreadable, themselves or their images,
         one process may replace by the next scene before it stops.
     """
@@ -171,8 +172,9 @@ class Sampler:
                 )
             if self.with_mask and not getattr(scene, "has_masks", False):
                 raise InputError(
-                    f"data.with_mask is set, but {_name(scene)} has no masks: unset it, or train "
-                    "on renders with a transparent background or on data.source=objects."
+                    f"data.with_mask is set, but {_name(scene)} has views without a mask: give "
+                    "every image an alpha channel or a file in the folder 'mask' beside them, or "
+                    "set data.with_mask=False and loss.mask_weight=0."
                 )
 
     def _example(self, source: sources.LazyScenes) -> int:
@@ -216,8 +218,8 @@ class DrawSample:
                 continue
             choice = sampler.choose(scene, sampler.allowed(scene, folder=self._folder), rng)
             try:
-                wanted = dict(with_depth=sampler.with_depth, with_mask=sampler.with_mask)
-                return assemble(scene, choice, **wanted)
+                extras = {"with_depth": sampler.with_depth, "with_mask": sampler.with_mask}
+                return assemble(scene, choice, **extras)
             except InputError as error:
                 self._replace(number, error)
             except Exception as error:
@@ -267,10 +269,10 @@ def assemble(
       `with_depth` extras["depth"] [t, h, w] in z, with `with_mask` extras["mask"] [t, h, w].
     """
     extras = {}
-    if with_mask:
-        extras["mask"] = np.asarray(scene.masks(choice.target), np.float32)
     if with_depth:
         extras["depth"] = np.asarray(scene.depths(choice.target), np.float32)
+    if with_mask:
+        extras["mask"] = np.asarray(scene.masks(choice.target), np.float32)
     context, target = _views(scene, choice.context), _views(scene, choice.target)
     # As in evaluation and rendering, where a target's own range is not known.
     inputs = np.tile(choice.context, (len(choice.target), 1))

@@ -152,37 +152,43 @@ class Kept:
 
 
 class KeptScene:
-    """A scene of `Kept`: what the other scene has, and its images, depths and masks so far."""
+    """A scene of `Kept`: what the other scene has, and its images so far."""
 
     def __init__(self, scene: Any):
         self._scene = scene
-        self._made: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
+        self._images: dict[int, np.ndarray] = {}
+        self._masks: dict[int, np.ndarray] = {}
         self.cameras, self.names = scene.cameras, scene.names
         self.source, self.bounds = scene.source, scene.bounds
+        if hasattr(scene, "depths"):
+            self.depths = scene.depths
+        if hasattr(scene, "path"):
+            self.path = scene.path
 
     @property
     def has_masks(self) -> bool:
-        """Whether `masks` is there."""
+        """Whether the scene has masks."""
         return getattr(self._scene, "has_masks", False)
 
     def images(self, indices: Any) -> np.ndarray:
         """Images [k, h, w, 3] float32."""
-        return self._kept("images", indices)
-
-    def depths(self, indices: Any) -> np.ndarray:
-        """z-depths [k, h, w] float32."""
-        return self._kept("depths", indices)
+        return _keep(self._images, self._scene.images, indices)
 
     def masks(self, indices: Any) -> np.ndarray:
-        """Foreground [k, h, w] float32, of a scene that has it."""
-        return self._kept("masks", indices)
+        """Masks [k, h, w] float32."""
+        return _keep(self._masks, self._scene.masks, indices)
 
-    def _kept(self, what: str, indices: Any) -> np.ndarray:
-        known = self._made[what]
-        missing = [int(i) for i in indices if int(i) not in known]
-        if missing:
-            known.update(zip(missing, getattr(self._scene, what)(missing), strict=True))
-        return np.stack([known[int(i)] for i in indices])
+    def resized(self, height: int, width: int) -> Any:
+        """The scene at another size; nothing of it is kept."""
+        return self._scene.resized(height, width)
+
+
+def _keep(kept: dict[int, np.ndarray], read: Any, indices: Any) -> np.ndarray:
+    """What `read` gives of indices [k], read once."""
+    missing = sorted({int(i) for i in indices} - set(kept))
+    if missing:
+        kept.update(zip(missing, read(missing), strict=True))
+    return np.stack([kept[int(i)] for i in indices])
 
 
 def make_source(config) -> Any:
@@ -254,17 +260,17 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     named = parse(text)
     parts = []
     for name, _ in named:
+        training = seed != HELD_OUT_SEED
+        keep = training and config.data.get("keep_in_memory", False)
         if name in ("procedural", "objects"):
-            training = seed != HELD_OUT_SEED
             if name == "objects":
                 made = orbits(config, seed, num_scenes)
             else:
                 made = world(config, seed, num_scenes, augment=training)
-            keep = training and config.data.get("keep_in_memory", False)
             parts.append(Kept(made) if keep else made)
-        else:
-            size = (config.data.height, config.data.width)
-            parts.append(load_folder(name, size=size, max_bad=max_bad))
+            continue
+        size = (config.data.height, config.data.width)
+        parts.append(load_folder(name, size=size, max_bad=max_bad))
     if len(parts) == 1:
         return parts[0]
     return Mixture(tuple(parts), tuple(weight for _, weight in named))
