@@ -25,6 +25,8 @@ def _svd() -> Any:
             seed=0,
             num_steps=3_000,
             init_from="",
+            # Parts that the run or file of init_from, such as an autoencoder's, need not have.
+            init_new=("cross_", "pyramid", "broadcast_"),
             batch_size=8,
             accumulate=1,
             log_every=50,
@@ -66,6 +68,7 @@ def _svd() -> Any:
                 workers=8,
                 max_bad_scenes=0,
                 with_depth=True,
+                with_mask=False,
             ),
             eval=dict(source="", num_scenes=16, views=1, photo_size=(256, 256)),
             model=dict(
@@ -104,22 +107,25 @@ def _svd() -> Any:
 
 
 def _tiny() -> Any:
-    """Small networks for a CPU; what they learn has not been measured yet."""
+    """Small networks for minutes on a CPU."""
     config = _svd()
-    config.update(num_steps=400, batch_size=1, log_every=20, checkpoint_every=200)
-    config.optim.update(learning_rate=1e-3, warmup_steps=20)
-    config.data.update(height=32, width=32, num_target=4, num_scenes=64, keep_in_memory=True)
-    config.data.update(views_per_scene=8, workers=1)
-    config.model.vae.update(channels=(32, 32, 64), num_resnets=1, num_mid=2, dtype="float32")
-    config.model.update(levels=2, samples=(6, 6), head_size=32)
+    config.update(num_steps=600, batch_size=1, log_every=50, checkpoint_every=300)
+    config.optim.update(learning_rate=2e-3, warmup_steps=50)
+    config.optim.rates = (("vae/encoder", 0.0), ("vae/quant_conv", 0.0), ("vae/decoder", 0.25))
+    config.data.update(source="objects", height=32, width=32, num_target=4, num_scenes=192)
+    config.data.update(views_per_scene=12, keep_in_memory=True, workers=1, with_mask=True)
+    config.model.vae.update(channels=(32, 32), num_resnets=1, num_mid=2, dtype="float32")
+    config.model.update(levels=2, samples=(6, 4), head_size=32)
     return config
 
 
 def _tiny_autoencoder() -> Any:
     """The autoencoder that `tiny` starts from."""
     config = _tiny()
+    config.update(batch_size=2, num_steps=700, checkpoint_every=350)
     config.optim.rates = ()
-    config.loss.stage = "autoencoder"
+    # Strong enough that latents have a deviation of about one, as noise on them assumes.
+    config.loss.update(stage="autoencoder", kl_weight=1e-3)
     return config
 
 

@@ -2,7 +2,8 @@
 
 A batch holds the front view as its only context, and as targets the views to decode, with depth.
 Training has two stages: "autoencoder" for a small autoencoder of one's own, "decoder" for the
-attention between views (Sec. 3.3, 3.4), with the encoder frozen.
+attention between views (Sec. 3.3, 3.4), with the encoder frozen. "plain_decoder" is, to compare
+with, the second one without that attention.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STAGES = ("autoencoder", "decoder")
+STAGES = ("autoencoder", "decoder", "plain_decoder")
 
 
 def make(config: Any) -> Task:
@@ -43,7 +44,7 @@ def make(config: Any) -> Task:
         lpips_params = perceptual.load(fields.lpips_weights)
 
     def loss(variables: Variables, batch: Batch, key: Array) -> tuple[Array, Aux]:
-        stage = _autoencoder if fields.stage == "autoencoder" else _decoder
+        stage = {"autoencoder": _autoencoder, "plain_decoder": _plain}.get(fields.stage, _decoder)
         decoded, penalty = stage(module, fields, variables, batch, key)
         truth = 2 * jnp.asarray(batch.target.images, jnp.float32) - 1
         l1 = losses.l1(decoded, truth)
@@ -104,19 +105,38 @@ def _autoencoder(
     return _Decoded(decoded, {"kl": kl})
 
 
+def _plain(
+    module: model.DepthGuidedDecoder, fields: Any, variables: Variables, batch: Batch, key: Array
+) -> _Decoded:
+    """Decodes the latents that `_decoder` decodes, each view as the autoencoder does."""
+    latents = _latents(module, fields, variables, batch, jax.random.split(key, 3)[0])
+    return _Decoded(cast(Array, module.apply(variables, latents, method="decode_plain")), {})
+
+
+def _latents(
+    module: model.DepthGuidedDecoder, fields: Any, variables: Variables, batch: Batch, key: Array
+) -> Array:
+    """Latents of the frozen encoder, in part with noise."""
+    images = 2 * jnp.asarray(batch.target.images, jnp.float32) - 1
+    moments = module.apply(variables, images, method="encode")
+    mean = jax.lax.stop_gradient(cast(tuple[Array, Array], moments)[0])
+    return noisy_latents(key, mean, fields.latent_noise)
+
+
 def _decoder(
     module: model.DepthGuidedDecoder, fields: Any, variables: Variables, batch: Batch, key: Array
 ) -> _Decoded:
     """Decodes latents of the frozen encoder with noisy depth, and in part noisy latents."""
     of_latents, of_depth, of_samples = jax.random.split(key, 3)
-    images = 2 * jnp.asarray(batch.target.images, jnp.float32) - 1
-    moments = module.apply(variables, images, method="encode")
-    mean = jax.lax.stop_gradient(cast(tuple[Array, Array], moments)[0])
-    latents = noisy_latents(of_latents, mean, fields.latent_noise)
-    cams, mask = batch.target.cameras, batch.extras.get("mask")
+    latents = _latents(module, fields, variables, batch, of_latents)
+    cams, depth = batch.target.cameras, jnp.asarray(batch.extras["depth"], jnp.float32)
+    # Noise would make depth of background that has none.
+    mask = jnp.isfinite(depth) & (depth > 0)
+    if "mask" in batch.extras:
+        mask &= batch.extras["mask"] > 0.5
     depth = depth_noise.structured_depth_noise(
         of_depth,
-        batch.extras["depth"],
+        depth,
         mask,
         dict(fields.depth_noise),
         near=cams.near,

@@ -71,11 +71,11 @@ def decode_with_depth(
     """
     if rounds < 1:
         raise InputError(f"rounds={rounds}: at least one.")
-    images = first = _plain(module, variables, latents)
+    images = first = decode_plain(module, variables, latents)
     for _ in range(rounds):
         maps = DepthMaps(*depth_fn(images, cams))
         depth, mask = _checked(maps, cams)
-        images = _guided(module, variables, latents, cams, depth, mask, front)
+        images = decode_guided(module, variables, latents, cams, depth, mask, front)
     return Decoded(images, first, depth, mask)
 
 
@@ -101,12 +101,14 @@ def _checked(maps: DepthMaps, cams: Cameras) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _plain(module: model.DepthGuidedDecoder, variables: Variables, latents: Array) -> Any:
+def decode_plain(module: model.DepthGuidedDecoder, variables: Variables, latents: Array) -> Any:
+    """The first pass: pictures [b, v, h, w, 3] in [0, 1], compiled once for each module."""
     return _shown(module.apply(variables, latents, method="decode_plain"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _guided(module: model.DepthGuidedDecoder, variables: Variables, *args: Any) -> Any:
+def decode_guided(module: model.DepthGuidedDecoder, variables: Variables, *args: Any) -> Any:
+    """The second pass; args are those of the module's call, pictures as `decode_plain`'s."""
     return _shown(module.apply(variables, *args))
 
 

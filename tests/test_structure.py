@@ -37,7 +37,7 @@ NOT_FOR_SYSTEMS = (
 )
 # What a worker process may load; none of these starts a JAX backend by being used.
 DATA_MAY_IMPORT = {"numpy", "grain", "PIL", "absl"}
-DATA_READS_WITH = ("nvs_common.torch_archive",)
+DATA_READS_WITH = ("nvs_common.torch_archive", "nvs_common.array_pickles")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

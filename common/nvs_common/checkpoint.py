@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -256,7 +256,7 @@ def load_variables(
     return runs.from_json(config), variables
 
 
-def initial_params(source: str | pathlib.Path, like: Any) -> Any:
+def initial_params(source: str | pathlib.Path, like: Any, new: Sequence[str] = ()) -> Any:
     """Parameters to start a run from: a run's newest checkpoint, or a file of released weights.
 
     Of a run they are the EMA parameters where it has them.
@@ -264,6 +264,10 @@ def initial_params(source: str | pathlib.Path, like: Any) -> Any:
     Args:
       source: a run's folder, or a file that `weights.write` has written.
       like: the new run's parameters, or their shapes.
+      new: starts of names, such as "cross_", of top-level parts that the source need not have.
+
+    Returns:
+      The tree of parameters, without those of these parts that the source lacks.
 
     Raises:
       InputError: nothing whole there, or its parameters have other names or shapes.
@@ -272,13 +276,22 @@ def initial_params(source: str | pathlib.Path, like: Any) -> Any:
         variables = weights.read(source).variables
     else:
         variables = load_variables(source)[1]
-    params = variables["params"]
+    params, like = (
+        _without(variables["params"], like, new),
+        _without(like, variables["params"], new),
+    )
     if wrong := shape_differences(array_shapes(params), array_shapes(like)):
         raise errors.InputError(
             f"init_from={source} holds another model: {wrong}; start from one whose "
-            "config.model has the same network."
+            "config.model has the same network, or name in config.init_new what it may lack."
         )
     return params
+
+
+def _without(tree: Any, other: Any, new: Sequence[str]) -> dict[str, Any]:
+    """A tree without the parts that may be new and that another tree lacks."""
+    lacks = lambda name: name not in other and name.startswith(tuple(new))  # noqa: E731
+    return {name: part for name, part in tree.items() if not lacks(name)}
 
 
 def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -147,7 +147,7 @@ def describe(archive: zipfile.ZipFile, path: pathlib.Path) -> Description:
         raise InputError(f"{path}: big-endian tensors; save the file on another machine.")
     if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
         raise ValueError(f"its description exceeds {_MAX_PICKLE_BYTES} bytes")
-    return Description(_Machine(str(path), root).run(archive.read(pickles[0])), entries)
+    return Description(Machine(str(path), root).run(archive.read(pickles[0])), entries)
 
 
 def entry_of(storage: Storage, entries: Mapping[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
@@ -212,8 +212,16 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
 }
 
 
-class _Machine:
-    """Interprets the opcodes that torch.save writes, on a stack of plain values."""
+class Machine:
+    """Interprets the opcodes that torch.save writes, on a stack of plain values.
+
+    Attributes:
+      rebuild: the names that a pickle may apply to arguments, and what that means.
+      values: the names that it may give as arguments alone.
+    """
+
+    rebuild: Mapping[str, Callable[..., Any]] = _REBUILD
+    values: frozenset[str] = frozenset()
 
     def __init__(self, file: str, root: str):
         self._file, self._root = file, root
@@ -269,7 +277,8 @@ class _Machine:
         self._stack[-1].update(_dict(zip(items[::2], items[1::2], strict=True)))
 
     def _global(self, text: str) -> None:
-        if text not in _REBUILD and text.removeprefix("torch ") not in _STORAGES:
+        known = text in self.rebuild or text in self.values
+        if not known and text.removeprefix("torch ") not in _STORAGES:
             self._refuse(f"the name {text.replace(' ', '.')!r}")
         self._stack.append(Name(text))
 
@@ -281,15 +290,17 @@ class _Machine:
 
     def _reduce(self) -> None:
         arguments, name = self._pop(), self._pop()
-        if not isinstance(name, Name) or name.text not in _REBUILD:
+        if not isinstance(name, Name) or name.text not in self.rebuild:
             # Not the value itself: a small pickle can describe one that is never printed.
             self._refuse(f"a call of {name if isinstance(name, Name) else type(name)}")
-        self._stack.append(_REBUILD[name.text](*arguments))
+        self._stack.append(self.rebuild[name.text](*arguments))
 
     def _build(self) -> None:
         # Attributes of a state_dict, its `_metadata`: versions of layers, which nothing needs.
         state = self._pop()
-        if type(self._stack[-1]) is not dict or type(state) is not dict:
+        if isinstance(self._stack[-1], Stateful):
+            self._stack[-1].set_state(state)
+        elif type(self._stack[-1]) is not dict or type(state) is not dict:
             self._refuse("attributes of an object")
 
     def _storage(self) -> None:
@@ -300,6 +311,14 @@ class _Machine:
         if type(size) is not int or size < 0:
             raise ValueError("it describes a storage without a size")
         self._stack.append(Storage(f"{self._root}/data/{key}", dtype, size))
+
+
+class Stateful:
+    """What a name of `Machine.rebuild` may make: a description that a state is set of later."""
+
+    def set_state(self, state: Any) -> None:
+        """Takes in what the pickle says; raises ValueError where it makes no sense."""
+        raise NotImplementedError
 
 
 _CONSTANTS: Mapping[str, Callable[[], Any]] = {
@@ -313,9 +332,9 @@ _CONSTANTS: Mapping[str, Callable[[], Any]] = {
 }
 _LITERALS = frozenset(
     "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES "
-    "SHORT_BINBYTES".split()
+    "SHORT_BINBYTES BYTEARRAY8".split()
 )
-_ACTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+_ACTIONS: Mapping[str, Callable[[Machine, Any], None]] = {
     "POP": lambda m, _: m._stack.__delitem__(-1),
     "TUPLE": lambda m, _: m._stack.append(tuple(m._pop_to_mark())),
     "TUPLE1": lambda m, _: m._tuple(1),

@@ -144,7 +144,7 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
         )
         state = init(feed.to_global(first.batch, mesh))
         if run := config.get("init_from", ""):
-            state = _started_from(run, state, abstract)
+            state = _started_from(run, state, abstract, tuple(config.get("init_new", ())))
     else:
         _log.info("restored step %d from %s", restored.step, store.folder)
         state = from_trees(abstract, restored.trees)
@@ -155,9 +155,13 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
     return _Start(state, abstract, feed.Feed(batches, first))
 
 
-def _started_from(run: str, state: State, abstract: State) -> State:
-    """A new state with the parameters of another run; its average starts there too."""
-    params = checkpoint.initial_params(run, abstract.params)
+def _started_from(run: str, state: State, abstract: State, new: tuple[str, ...]) -> State:
+    """A new state with the parameters of another run; its average starts there too.
+
+    Parts whose names start with one of `new` keep their initial values where the run lacks them.
+    """
+    params = checkpoint.initial_params(run, abstract.params, new)
+    params = {name: params.get(name, part) for name, part in state.params.items()}
     _log.info("parameters are those of the run in %s", run)
     place = training_step.layout(abstract.params)
     average = None if state.ema_params is None else jax.device_put(params, place)

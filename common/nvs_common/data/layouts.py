@@ -6,7 +6,8 @@
  4. models.json                  Spaces
  5. cameras_sphere.npz           NeuS, IDR (DTU)
  6. poses_bounds.npy             LLFF: one focal length, centred principal point
- 7. <clip>.txt                   RealEstate10K: beside or inside the folder of its frames
+ 7. meta.pkl, or pose/           renders of objects: SyncDreamer, OpenLRM, LGM
+ 8. <clip>.txt                   RealEstate10K: beside or inside the folder of its frames
 
 The path of a camera file (or of a COLMAP model folder) chooses that file instead.
 
@@ -30,6 +31,7 @@ from nvs_common.data import (
     colmap_format,
     images,
     json_formats,
+    object_renders,
     scene_files,
 )
 from nvs_common.data.scene_formats import Loaded, Options
@@ -57,7 +59,7 @@ def recognise(path: pathlib.Path) -> Reader:
     if reader is None:
         raise InputError(
             f"{path}: not a scene: expected opencv_cameras.json, a COLMAP model (sparse/0), "
-            "transforms.json, models.json, cameras_sphere.npz, poses_bounds.npy, a "
+            "transforms.json, models.json, cameras_sphere.npz, poses_bounds.npy, meta.pkl, a "
             "RealEstate10K text file with its frames, a clip in a chunk (x.torch/key) or "
             f"{LVSM_FOLDER}/<clip>.json."
         )
@@ -153,6 +155,8 @@ def _folder(path: pathlib.Path) -> Reader | None:
     ):
         if (path / name).is_file():
             return _bind(read, path / name)
+    if (renders := object_renders.recognise(path)) is not None:
+        return renders
     return _clip_folder(path)
 
 

@@ -66,6 +66,9 @@ def cast(lamps: list[Lamp], solids: Solids, surround: Surround) -> Lights:
         k = np.array([[half / lamp.spread, half / lamp.spread, half, half]])
         view = raycast.pinhole_rays(pose, k, lamp.size, lamp.size)
         depth = raycast.trace(solids, surround, view, np.zeros((1, 2))).depth
+        # Light that meets nothing goes as far as the farthest that meets something.
+        met = np.isfinite(depth)
+        depth = np.where(met, depth, depth.max(where=met, initial=0))
         # Counted from the middle, the square of a sun's far distance keeps its digits.
         middle = float(np.median(depth))
         depth = depth.reshape(lamp.size, lamp.size) - np.float32(middle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class ProceduralScene:
         # Bands of rows keep the arrays of a large image inside the processor's cache.
         rows = max(_BAND // rays.width, 1)
         bands = [rays.band(top, top + rows) for top in range(0, rays.height, rows)]
-        light = np.concatenate([_render(self.stage, band) for band in bands])
+        light = np.concatenate([lit(self.stage, band).color for band in bands])
         rng = np.random.default_rng([*self.seed, index, 1])
         return self.look.develop(light.reshape(rays.height, rays.width, 3), rng)
 
@@ -180,17 +181,29 @@ def _rays(cameras: Cameras) -> Rays:
     )
 
 
-def _render(stage: Stage, rays: Rays) -> np.ndarray:
-    """Linear light [h * w, 3] of one view: every surface in a pixel is shaded once."""
+class Lit(NamedTuple):
+    """One view: linear color [h * w, 3] of what is there, and the part [h * w] it covers."""
+
+    color: np.ndarray
+    coverage: np.ndarray
+
+
+def lit(stage: Stage, rays: Rays) -> Lit:
+    """Renders one view: every surface in a pixel is shaded once.
+
+    Where nothing surrounds the solids, a pixel's color is that of its covered part times the part.
+    """
     hits = raycast.trace(stage.solids, stage.surround, rays, _SAMPLES)
     surface, depth = hits.surface[0].T, hits.depth[0].T
+    met = np.isfinite(depth)
+    depth = np.where(met, depth, 0)
     samples, pixels = surface.shape
     alike = surface[:, None] == surface[None]
     count = alike.sum(axis=1, dtype=np.float32)
     first = np.ones((samples, pixels), bool)
     for sample in range(1, samples):
         first[sample] = ~alike[sample, :sample].any(axis=0)
-    sample, pixel = np.nonzero(first)
+    sample, pixel = np.nonzero(first & met)
     share = alike[sample, :, pixel].T.astype(np.float32) / count[sample, pixel]
     # At the middle of the samples that see it, in pixels.
     offset = np.einsum("sc,sn->cn", _SAMPLES.astype(np.float32), share)
@@ -201,7 +214,7 @@ def _render(stage: Stage, rays: Rays) -> np.ndarray:
     light = np.empty((pixels, 3), np.float32)
     for channel in range(3):
         light[:, channel] = np.bincount(pixel, color[:, channel], pixels)
-    return light
+    return Lit(light, met.mean(axis=0, dtype=np.float32))
 
 
 def _make_scene(world: World, index: int) -> ProceduralScene:
@@ -252,7 +265,7 @@ def _depth(solids, surround, rays: Rays) -> np.ndarray:
 def _look(rng: np.random.Generator, world: World, stage: Stage, rays: Rays) -> Look:
     """Exposes for the middle view."""
     one = rays.view(len(rays) // 2)
-    light = _render(stage, one)
+    light = lit(stage, one).color
     # Between a fixed mean and a fixed highlight, as cameras do.
     middle, bright = np.mean(light), np.percentile(light, 90)
     aim = np.exp(rng.normal(-0.05, 0.45)) * np.sqrt(0.19 * 0.55)

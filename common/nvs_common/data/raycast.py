@@ -298,7 +298,8 @@ def _trace_surround(surround: Surround, rays: Rays, offsets: np.ndarray, first_c
     shape = (len(rays), rays.height, rays.width, len(offsets))
     flat = (len(rays), rays.height * rays.width, len(offsets))
     if surround.kind == "none":
-        return np.full(flat, np.inf, np.float32), np.zeros(flat, np.int64)
+        # Behind every solid there is a surface like any other, only at no distance.
+        return np.full(flat, np.inf, np.float32), np.full(flat, first_code)
     u = (np.arange(rays.width)[:, None] + 0.5 + offsets[:, 0]).astype(np.float32)
     v = (np.arange(rays.height)[:, None] + 0.5 + offsets[:, 1]).astype(np.float32)
     steps = np.stack([rays.right, rays.down, rays.corner]).astype(np.float32)

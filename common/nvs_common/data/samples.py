@@ -178,10 +178,11 @@ class Sampler:
         for index in tried:
             scene = source[index]
             self.choose(scene, self.allowed(scene, folder=folder), np.random.default_rng(0))
-            if self.with_depth and not hasattr(scene, "depths"):
+            if self.with_depth and not getattr(scene, "has_depths", hasattr(scene, "depths")):
                 raise InputError(
-                    f"data.with_depth is set, but {_name(scene)} has no depth: unset it, "
-                    "or train on the procedural world. With Quark: configs/quark.py:tiny,photos."
+                    f"data.with_depth is set, but {_name(scene)} has no depth: unset it, put maps "
+                    "into a folder 'depth' beside its images, or train on the procedural world. "
+                    "With Quark: configs/quark.py:tiny,photos."
                 )
             if self.with_mask and not getattr(scene, "has_masks", False):
                 raise InputError(

@@ -16,7 +16,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nvs_common.data import depth_bounds, distortion, images, layouts, masks, matching
+from nvs_common.data import (
+    depth_bounds,
+    depth_maps,
+    distortion,
+    images,
+    layouts,
+    masks,
+    matching,
+)
 from nvs_common.data.images import Window
 from nvs_common.data.scene_formats import Frame, Loaded, Options
 from nvs_common.errors import InputError
@@ -85,6 +93,27 @@ class Scene:
         """
         size = self.cameras.height, self.cameras.width
         return np.stack([masks.read(self.frames[i], self.windows[i], *size) for i in indices])
+
+    @property
+    def has_depths(self) -> bool:
+        """Whether every view has a map of depth beside its image, see `depth_maps`."""
+        plain = all(f.packed is None and f.distortion.is_pinhole for f in self.frames)
+        return plain and all(depth_maps.find(frame.path) is not None for frame in self.frames)
+
+    def depths(self, indices: Sequence[int]) -> np.ndarray:
+        """Reads z-depths at the scene's size, float32 [k, h, w], 0 where there is background.
+
+        Args:
+          indices: k positions in `names`.
+
+        Raises:
+          InputError: a view has no depth, or one that does not fit its image.
+        """
+        size = self.cameras.height, self.cameras.width
+        chosen = [(self.frames[i], self.windows[i]) for i in indices]
+        return np.stack(
+            [depth_maps.read(f.path, (f.height, f.width), window, *size) for f, window in chosen]
+        )
 
     def resized(self, height: int, width: int) -> Scene:
         """The scene with images centre-cropped to an aspect and resized, antialiased.

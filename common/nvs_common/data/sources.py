@@ -6,6 +6,7 @@ processes. A scene has `cameras` [n], `names`, `source`, `bounds` and `images(in
 
 `config.data.source` is one string:
   "procedural"                          the procedural world: no download, exact depth
+  "objects"                             single objects before white on an orbit, with masks
   "/data/garden"                        one scene, or a folder of scenes, in any readable layout
   "procedural_object"                   one object with masks and a known surface; number
                                         `config.data.object`
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from nvs_common.data import image_folder, procedural, procedural_object, scenes
+from nvs_common.data import image_folder, objects, procedural, procedural_object, scenes
 from nvs_common.errors import InputError
 
 # Training worlds have seeds below this number and the evaluation world has exactly it, so no
@@ -268,8 +269,11 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
     for name, _ in named:
         training = seed != HELD_OUT_SEED
         keep = training and config.data.get("keep_in_memory", False)
-        if name == "procedural":
-            made = world(config, seed, num_scenes, augment=training)
+        if name in ("procedural", "objects"):
+            if name == "objects":
+                made = orbits(config, seed, num_scenes)
+            else:
+                made = world(config, seed, num_scenes, augment=training)
             parts.append(Kept(made) if keep else made)
             continue
         made = _folder(config, name, max_bad)
@@ -305,6 +309,15 @@ def world(
         rigs=tuple(config.data.get("rigs", procedural.World.rigs)),
         **{name: config.data.get(name, 0.0) for name in names},
     )
+
+
+def orbits(
+    config, seed: int, num_scenes: int, size: tuple[int, int] | None = None
+) -> objects.Objects:
+    """The procedural objects of a config: its views a scene, elevations and, by default, size."""
+    height, width = size or (config.data.height, config.data.width)
+    elevation = tuple(config.data.get("elevation", objects.Objects.elevation))
+    return objects.Objects(seed, num_scenes, height, width, config.data.views_per_scene, elevation)
 
 
 def load_folder(
