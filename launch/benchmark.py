@@ -11,6 +11,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    the published sizes or those of --config; images of three sizes or of --size
   vqnerf_ablation  trains VQ-NeRF without quantisation, without its full-resolution branch, with
                    other codebooks, for --steps each on the procedural object of --config
+  attention        implementations by --tokens and --dtypes: time, share of the machine's ceiling,
+                   memory; with --compile_for=v5e what another chip's compiler plans (extra aot)
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -51,8 +53,10 @@ from absl import flags
 
 from launch import (
     ablation,
+    absent_devices,
     allocation,
     arithmetic,
+    attention_costs,
     cli,
     depth_costs,
     input_counts,
@@ -73,7 +77,11 @@ _CONFIG = cli.define_config(required=False)
 _OUT = flags.DEFINE_string("out", None, "File for the table (Markdown).")
 _VIEWS = flags.DEFINE_list("views", None, "Input views, one number or several; the config's.")
 _MODEL = flags.DEFINE_enum("model", None, ["tiny", "quark", "quark_plus"], "Instead of --config.")
-_DTYPES = flags.DEFINE_list("dtypes", None, "Compute types, for --model; the config's by default.")
+_DTYPES = flags.DEFINE_list("dtypes", None, "Compute types; the config's, attention: float32.")
+_TOKENS = flags.DEFINE_list("tokens", ["1024", "4096", "16384"], "attention: lengths.")
+_COMPILE_FOR = flags.DEFINE_enum(
+    "compile_for", None, absent_devices.CHIPS, "attention: compile for this chip, run nothing."
+)
 _ATTENTION = flags.DEFINE_list("attention", ["folded"], "folded, unfolded or both, for --model.")
 _STREAM = flags.DEFINE_bool("stream", None, "model.stream, for --model; the config's by default.")
 _SIZE = flags.DEFINE_string("size", None, "Image size as HxW; the config's by default.")
@@ -194,6 +202,17 @@ def vqnerf_ablation() -> list[str]:
     config: Any = _CONFIG.value or cli.load_config("configs/vqnerf.py:tiny")
     steps = config.num_steps if _STEPS.value is None else _STEPS.value
     return vqnerf_variants.study(config, steps, _VARIANTS.value or ())
+
+
+def attention() -> Iterator[str]:
+    """Implementations of attention, measured here or planned for another chip."""
+    tokens = _numbers("tokens", _TOKENS.value)
+    for name in _DTYPES.value or ["float32"]:
+        if _COMPILE_FOR.value:
+            yield from attention_costs.planned(tokens, jnp.dtype(name), _COMPILE_FOR.value)
+        else:
+            yield from attention_costs.study(tokens, jnp.dtype(name), repeats=_REPEATS.value)
+        yield ""
 
 
 def quark_sizes() -> Iterator[str]:
@@ -324,6 +343,7 @@ def _median(compiled: Callable, *args: Any) -> float:
 
 
 BENCHMARKS = {
+    "attention": attention,
     "depth_decoder": depth_decoder,
     "quark": quark,
     "quark_ablation": quark_ablation,
@@ -358,10 +378,13 @@ def _scenes(config: Any) -> list[tuple[str, Any]]:
 def _view_counts(config) -> list[int]:
     if _VIEWS.value is None:
         return [config.data.num_context]
-    if not all(text.isdecimal() and int(text) for text in _VIEWS.value):
-        given = ",".join(_VIEWS.value)
-        raise errors.InputError(f"--views={given}: expected whole numbers such as 4,8")
-    return [int(text) for text in _VIEWS.value]
+    return _numbers("views", _VIEWS.value)
+
+
+def _numbers(flag: str, texts: list[str]) -> list[int]:
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise errors.InputError(f"--{flag}={','.join(texts)}: expected whole numbers such as 4,8")
+    return [int(text) for text in texts]
 
 
 def _size(config) -> tuple[int, int]:

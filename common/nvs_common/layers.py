@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from nvs_common import normalization
 from nvs_common.types import Array
 
-rms_norm = normalization.rms_norm
-
 
 def scaled_init(scale: float):
     """LeCun-normal initialiser times `scale`; 1 / sqrt(branches) is GPT-2's residual scaling."""
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+
+
+rms_norm = normalization.rms_norm
 
 
 def layer_norm(x: Array, scale: Array, epsilon: float) -> Array:

@@ -37,7 +37,7 @@ def attention(
 ) -> tuple[Array, Array]:
     """See `nvs_common.attention.attention`; supports everything."""
     del need_log_sum
-    return tiled(q, k, v, scale, _side(q.shape[1], k.shape[1]))
+    return tiled(q, k, v, scale, side(q.shape[1], k.shape[1]))
 
 
 def tiled(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array, Array]:
@@ -62,12 +62,12 @@ def gradients(
     n, m = saved[0].shape[1], saved[1].shape[1]
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
     saved, cotangents = jax.tree.map(heads_first, (saved, cotangents))
-    return jax.tree.map(heads_first, _backward(scale, _side(n, m), saved, cotangents))
+    return jax.tree.map(heads_first, _backward(scale, side(n, m), saved, cotangents))
 
 
-def _side(n: int, m: int) -> int:
-    """Side of a tile on the default device; all of a small matrix."""
-    backend = jax.default_backend()
+def side(n: int, m: int, backend: str | None = None) -> int:
+    """Side of a tile on the default device or another backend; all of a small matrix."""
+    backend = backend or jax.default_backend()
     whole = n * m <= _WHOLE.get(backend, _WHOLE_ELSEWHERE)
     return max(n, m) if whole else _SIDE.get(backend, _SIDE_ELSEWHERE)
 

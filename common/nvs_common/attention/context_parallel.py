@@ -192,11 +192,8 @@ def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     scenes, heads = sharding.RULES["act_batch"], sharding.RULES["act_heads"]
     fits = lambda dim, axes: dim % math.prod(mesh.shape[name] for name in axes) == 0  # noqa: E731
     assert isinstance(scenes, tuple) and isinstance(heads, str)
-    return P(
-        scenes if fits(shape[0], scenes) else None,
-        AXIS,
-        heads if fits(shape[2], (heads,)) else None,
-    )
+    scenes = scenes if fits(shape[0], scenes) else None
+    return P(scenes, AXIS, heads if fits(shape[2], (heads,)) else None)
 
 
 def _local(x: Array, spec: P, mesh: Mesh) -> jax.ShapeDtypeStruct:

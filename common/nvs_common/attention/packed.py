@@ -85,7 +85,8 @@ class Tiles:
         if self.packed is None:
             return self.columns
         ends = [self._own_keys(i) for i in range(self.rows)]
-        return self._shared_columns + max(0, *(last - first + 1 for first, last in ends))
+        most = max(int(last - first) + 1 for first, last in ends)
+        return self._shared_columns + max(0, most)
 
     @property
     def needed(self) -> int:
@@ -93,7 +94,7 @@ class Tiles:
         if self.packed is None:
             return self.rows * self.columns
         own = (self._own_keys(i) for i in range(self.rows))
-        extra = sum(max(0, last - first + 1) for first, last in own)
+        extra = sum(max(0, int(last - first) + 1) for first, last in own)
         return self.rows * self._shared_columns + extra
 
     def key_tile(self, i: Any, step: Any) -> tuple[Any, Any]:
@@ -103,8 +104,9 @@ class Tiles:
         first, last = self._own_keys(i)
         shared = self._shared_columns
         later = first + step - shared
-        tile = jnp.where(step < shared, step, jnp.clip(later, 0, jnp.maximum(last, shared - 1)))
-        return jnp.maximum(tile, 0), (step < shared) | (later <= last)
+        xp = _library(i)
+        tile = xp.where(step < shared, step, xp.minimum(later, xp.maximum(last, shared - 1)))
+        return xp.maximum(tile, 0), (step < shared) | (later <= last)
 
     def query_tile(self, j: Any, step: Any) -> tuple[Any, Any]:
         """The tile of queries that key tile j meets at a step of `rows`; and whether it needs it.
@@ -115,7 +117,8 @@ class Tiles:
             return step, True
         first, last = self._own_queries(j)
         shared = j < self._shared_columns
-        tile = jnp.where(shared, step, jnp.clip(first + step, 0, jnp.maximum(last, 0)))
+        xp = _library(j)
+        tile = xp.where(shared, step, xp.minimum(first + step, xp.maximum(last, 0)))
         return tile, shared | (first + step <= last)
 
     def whole(self, j: Any) -> Any:
@@ -156,14 +159,21 @@ class Tiles:
         return _tile(_most(first, 0), self.block_q), _least(last, self.rows - 1)
 
 
+def _library(x: Any) -> Any:
+    """NumPy for numbers that are known, JAX inside a kernel."""
+    return np if isinstance(x, int | np.ndarray | np.generic) else jnp
+
+
 def _tile(position: Any, side: int) -> Any:
     """The number of the tile that a position, which is not negative, is in."""
-    return position // side if isinstance(position, int) else jax.lax.div(position, jnp.int32(side))
+    if _library(position) is np:
+        return position // side
+    return jax.lax.div(position, jnp.full_like(position, side))
 
 
 def _least(x: Any, y: int) -> Any:
-    return min(x, y) if isinstance(x, int) else jnp.minimum(x, y)
+    return _library(x).minimum(x, y)
 
 
 def _most(x: Any, y: int) -> Any:
-    return max(x, y) if isinstance(x, int) else jnp.maximum(x, y)
+    return _library(x).maximum(x, y)

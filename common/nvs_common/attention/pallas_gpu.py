@@ -67,7 +67,7 @@ def attention(
       [b, n, a, f] of the type of v, and log-denominators [b, n, a], float32.
 
     Raises:
-      NotImplementedError: types or head sizes that the kernels do not have, or a JAX without Triton.
+      NotImplementedError: types or head sizes that the kernels do not have; JAX without Triton.
     """
     del need_log_sum
     _check(q, k, v)
@@ -82,8 +82,8 @@ def _check(q: Array, k: Array, v: Array) -> None:
     types = {x.dtype for x in (q, k, v)}
     if len(types) > 1 or types.pop() not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(
-            f"attention implementation 'pallas_gpu' needs bfloat16, float16 or float32 and the same "
-            f"for all, not {q.dtype}, {k.dtype} and {v.dtype}; use 'xla' or None."
+            f"attention implementation 'pallas_gpu' needs bfloat16, float16 or float32 and the "
+            f"same for all, not {q.dtype}, {k.dtype} and {v.dtype}; use 'xla' or None."
         )
     if q.shape[-1] not in HEAD_SIZES:
         raise NotImplementedError(
@@ -147,7 +147,8 @@ def _backward(static: _Static, saved, cotangents):
     qs, ks, vs, ds = (_padded(x) for x in (q, k, v, d_out.astype(v.dtype)))
     rows = [jnp.swapaxes(_padded(x), 1, 2) for x in (log_sum, common)]
     inputs = (qs, ks, vs, q_scale, k_scale, ds, *rows)
-    (b, size, a, f), whole_row = qs.shape, pl.BlockSpec((None, None, qs.shape[1]), _row_of_head)
+    size, f = qs.shape[1], qs.shape[3]
+    whole_row = pl.BlockSpec((None, None, size), _row_of_head)
     (d_q,) = _call(
         functools.partial(_query_kernel, static=static, m=m),
         [jax.ShapeDtypeStruct(qs.shape, q.dtype)],
