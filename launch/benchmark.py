@@ -7,6 +7,9 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
   depth_decoder    time and memory of attention between views: along short rays, along whole ones,
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
+  nearest_code, one_to_many, compositing, epipolar
+                   each implementation of an operation: time and memory here, and what the
+                   compilers of --chips=v5e,v5p,v6e plan (extra aot)
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -52,6 +55,7 @@ from launch import (
     cli,
     depth_costs,
     input_counts,
+    kernel_costs,
     lvsm_speed,
     measuring,
     path_flicker,
@@ -91,6 +95,7 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
+_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e.")
 _THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 
@@ -169,6 +174,14 @@ def depth_decoder() -> list[str]:
     counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
     grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
     return depth_costs.study(counts, grids, repeats=_REPEATS.value)
+
+
+def operation(name: str) -> Iterator[str]:
+    """The implementations of an operation of kernel_costs."""
+    case = kernel_costs.CASES[name]()
+    if name == "compositing" and _SIZE.value:
+        case = kernel_costs.compositing(size=_size(None))
+    return kernel_costs.study(case, _CHIPS.value, repeats=_REPEATS.value)
 
 
 def quark_sizes() -> Iterator[str]:
@@ -305,6 +318,7 @@ BENCHMARKS = {
     "quark_views": quark_views,
     "quark_temporal": quark_temporal,
     "lvsm": lvsm,
+    **{name: functools.partial(operation, name) for name in kernel_costs.CASES},
 }
 
 

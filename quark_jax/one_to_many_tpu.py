@@ -43,8 +43,8 @@ def attend(
 ) -> Array:
     """`one_to_many.attend_unstored` in one kernel.
 
-    The backward pass is that of `one_to_many.attend_unstored`, in plain JAX: the gradient of a gather
-    adds to arbitrary pixels, and lanes can fetch from each other but not add to each other.
+    The backward pass is that of the plain form: the gradient of a gather adds to arbitrary pixels,
+    and lanes can fetch from each other but not add to each other.
 
     Raises:
       NotImplementedError: other types than float32.
