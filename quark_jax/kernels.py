@@ -4,9 +4,9 @@
     kernels.attend(query, delta, valid, scale, implementation="tpu")  # this one, or an error
 
 "xla" is plain JAX, `one_to_many` and `drawing`; "tpu" are Pallas kernels that gather for
-themselves, `one_to_many_tpu` and `drawing_tpu`. The default is "xla" on every device: there are plans and
-schedules of the TPU's compiler for both (README, `python launch/benchmark.py one_to_many` and
-`compositing`), but no time measured on a chip yet, and a kernel becomes a default by its time.
+themselves, `one_to_many_tpu` and `drawing_tpu`. The default is "xla" on every device: there are
+plans of the TPU's compiler for both (`python launch/benchmark.py one_to_many` and `compositing`),
+but no time measured on a chip yet, and a kernel becomes a default by its time.
 """
 
 from __future__ import annotations
