@@ -9,7 +9,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
   nearest_code, one_to_many, compositing, epipolar
                    each implementation of an operation: time and memory here, and what the
-                   compilers of --chips=v5e,v5p,v6e plan (extra aot)
+                   compilers of --chips=v5e,v5p,v6e plan (extra aot); one_to_many and compositing
+                   at --size
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -178,10 +179,12 @@ def depth_decoder() -> list[str]:
 
 def operation(name: str) -> Iterator[str]:
     """The implementations of an operation of kernel_costs."""
-    case = kernel_costs.CASES[name]()
-    if name == "compositing" and _SIZE.value:
-        case = kernel_costs.compositing(size=_size(None))
-    return kernel_costs.study(case, _CHIPS.value, repeats=_REPEATS.value)
+    size = {} if _SIZE.value is None else {"size": _size(None)}
+    if size and name not in kernel_costs.SIZED:
+        raise errors.InputError(f"--size={_SIZE.value}: {name} has one size.")
+    return kernel_costs.study(
+        kernel_costs.CASES[name](**size), _CHIPS.value, repeats=_REPEATS.value
+    )
 
 
 def quark_sizes() -> Iterator[str]:
