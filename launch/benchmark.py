@@ -9,7 +9,7 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
   nearest_code, one_to_many, compositing, epipolar
                    each implementation of an operation: time and memory here, and what the
-                   compilers of --chips=v5e,v5p,v6e plan (extra aot); one_to_many and compositing
+                   compilers of --chips=v5e,h100 plan (extra aot); one_to_many and compositing
                    at --size
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
@@ -96,7 +96,7 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
-_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e.")
+_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e, h100.")
 _THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 

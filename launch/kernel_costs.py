@@ -22,7 +22,7 @@ import numpy as np
 from depth_decoder_jax import aggregation, epipolar
 from launch import absent_devices, depth_costs, measuring
 from nvs_common.types import Cameras, Views
-from quark_jax import drawing, drawing_tpu, ldm, one_to_many, one_to_many_tpu
+from quark_jax import drawing, drawing_tpu, ldm, one_to_many, one_to_many_gpu, one_to_many_tpu
 from vqnerf_jax import nearest, nearest_tpu
 
 
@@ -34,7 +34,6 @@ class Case(NamedTuple):
       shapes: trees of ShapeDtypeStructs.
       make: from shapes to arrays with the geometry of a real call.
       forms: implementations by name; the first is what the others are compared with.
-      only_tpu: names of those that do not run here.
       backward: whether the gradient is measured too.
     """
 
@@ -42,7 +41,6 @@ class Case(NamedTuple):
     shapes: tuple[Any, ...]
     make: Callable[[], tuple[Any, ...]]
     forms: dict[str, Callable]
-    only_tpu: tuple[str, ...] = ("tpu",)
     backward: bool = True
 
 
@@ -57,9 +55,10 @@ def study(case: Case, chips: Sequence[str], *, repeats: int) -> Iterator[str]:
         if case.backward:
             passes["forward and backward"] = gradient(form)
         for which, function in passes.items():
-            cells = [name, which, *_here(function, arrays, name in case.only_tpu, repeats)]
+            cells = [name, which, *_here(function, arrays, _runs(name), repeats)]
             for chip in chips:
-                cells += _planned(chip, function, case.shapes)
+                suits = name == ("gpu" if chip == "h100" else "tpu") or name not in ("gpu", "tpu")
+                cells += _planned(chip, function, case.shapes) if suits else ("-", "-")
             yield measuring.row(tuple(cells))
     yield ""
 
@@ -82,8 +81,13 @@ def gradient(form: Callable) -> Callable:
     return run
 
 
-def _here(function: Callable, arrays: Any, absent: bool, repeats: int) -> tuple[str, str]:
-    if absent and jax.default_backend() != "tpu":
+def _runs(name: str) -> bool:
+    """Whether an implementation of this name is for this machine."""
+    return name not in ("tpu", "gpu") or name == jax.default_backend()
+
+
+def _here(function: Callable, arrays: Any, runs: bool, repeats: int) -> tuple[str, str]:
+    if not runs:
         return "-", "-"
     compiled = jax.jit(function).lower(*arrays).compile()
     jax.block_until_ready(compiled(*arrays))
@@ -158,6 +162,7 @@ def one_to_many_attention(
         "stored": stored,
         "xla": by(one_to_many.attend_unstored),
         "tpu": by(one_to_many_tpu.attend),
+        "gpu": by(one_to_many_gpu.attend),
     }
     title = f"One-to-many attention, {views} views, {layers} x {y} x {x} elements, {channels} "
     return Case(f"{title}channels, {heads} heads, float32", shapes, make, forms)

@@ -4,9 +4,10 @@
     kernels.attend(query, delta, valid, scale, implementation="tpu")  # this one, or an error
 
 "xla" is plain JAX, `one_to_many` and `drawing`; "tpu" are Pallas kernels that gather for
-themselves, `one_to_many_tpu` and `drawing_tpu`. The default is "xla" on every device: there are
-plans of the TPU's compiler for both (`python launch/benchmark.py one_to_many` and `compositing`),
-but no time measured on a chip yet, and a kernel becomes a default by its time.
+themselves, `one_to_many_tpu` and `drawing_tpu`; "gpu" is `one_to_many_gpu`, drawing as "xla" does.
+The default is "xla" on every device: there are plans of the devices' compilers for the kernels
+(`python launch/benchmark.py one_to_many` and `compositing`), but no time measured on a chip yet,
+and a kernel becomes a default by its time.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import jax
 
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras, Render, Views
-from quark_jax import drawing, drawing_tpu, ldm, one_to_many, one_to_many_tpu
+from quark_jax import drawing, drawing_tpu, ldm, one_to_many, one_to_many_gpu, one_to_many_tpu
 
-IMPLEMENTATIONS = ("xla", "tpu")
+IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 
 def attend(
@@ -38,7 +39,8 @@ def attend(
     """
     if _is_plain(implementation):
         return one_to_many.attend_unstored(query, delta, valid, scale)
-    return one_to_many_tpu.attend(query, delta, valid, scale)
+    fused = one_to_many_gpu.attend if implementation == "gpu" else one_to_many_tpu.attend
+    return fused(query, delta, valid, scale)
 
 
 def draw(
@@ -55,7 +57,7 @@ def draw(
       InputError: an unknown implementation.
       NotImplementedError: the named one does not support this map.
     """
-    if _is_plain(implementation):
+    if _is_plain(implementation) or implementation == "gpu":
         return drawing.draw(logits, target, context, **options)
     return drawing_tpu.draw(logits, target, context, **options)
 
@@ -66,12 +68,13 @@ def _is_plain(implementation: str | None) -> bool:
             f"Quark: implementation {implementation!r} is unknown; choose one of "
             f"{list(IMPLEMENTATIONS)}, or None."
         )
-    if implementation == "tpu" and _divided():
+    plain = implementation in (None, "xla")
+    if not plain and _divided():
         raise NotImplementedError(
-            "Quark: the kernels for TPUs are not divided over a mesh; call the model inside of "
+            "Quark: kernels are not divided over a mesh; call the model inside of "
             "jax.shard_map, or with implementation 'xla'."
         )
-    return implementation in (None, "xla")
+    return plain
 
 
 def _divided() -> bool:

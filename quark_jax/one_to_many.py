@@ -98,6 +98,35 @@ def attend_unstored(query: Array, delta: Unstored, valid: Array, scale: float) -
     return over_delta(change, query, delta, valid)
 
 
+def with_plain_backward(forward: Callable[..., Array], scale: float) -> Callable[..., Array]:
+    """A kernel's forward pass with the backward pass of `attend_unstored`.
+
+    Args:
+      forward: of one map: query [l, y, x, a, c], features [v, y, x, c], uv [v, l, y, x, 2], views
+        that take part [v, l, y, x] -> [l, y, x, a, c].
+      scale: factor on the logits.
+
+    Returns:
+      (query, features, uv, valid) -> [n, l, y, x, a, c], shapes as in `attend_unstored`.
+    """
+
+    @jax.custom_vjp
+    @jax.custom_batching.sequential_vmap
+    def fused(query: Array, features: Array, uv: Array, valid: Array) -> Array:
+        # One map after the other: kernels address memory by themselves and know of no batch.
+        maps_first = (jnp.moveaxis(x, 1, 0) for x in (features, uv, masked(valid)))
+        return jax.lax.map(lambda xs: forward(*xs), (query, *maps_first))
+
+    def backward(args: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+        def plain(query: Array, features: Array, uv: Array, valid: Array) -> Array:
+            return attend_unstored(query, Unstored(features, uv), valid, scale)
+
+        return jax.vjp(plain, *args)[1](cotangent)
+
+    fused.defvjp(lambda *args: (fused(*args), args), backward)
+    return fused
+
+
 def agreement(query: Array, delta: Array, valid: Array) -> Array:
     """Products of queries [n, ..., c] with each view's features [v, n, ..., c]: [n, ..., v].
 

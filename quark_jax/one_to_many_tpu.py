@@ -55,29 +55,8 @@ def attend(
             f"{delta.features.dtype}"
         )
 
-    @jax.custom_vjp
-    @jax.custom_batching.sequential_vmap
-    def fused(query: Array, features: Array, uv: Array, valid: Array) -> Array:
-        # One map after the other: a batch would add an axis to what the kernel copies by itself.
-        def one(xs: tuple[Array, ...]) -> Array:
-            return _attend(*xs, scale=scale, interpret=interpret)
-
-        batch_first = (jnp.moveaxis(x, 1, 0) for x in (features, uv, one_to_many.masked(valid)))
-        return jax.lax.map(one, (query, *batch_first))
-
-    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
-        return fused(*args), args
-
-    def backward(args: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
-        def plain(query: Array, features: Array, uv: Array, valid: Array) -> Array:
-            return one_to_many.attend_unstored(
-                query, one_to_many.Unstored(features, uv), valid, scale
-            )
-
-        return jax.vjp(plain, *args)[1](cotangent)
-
-    fused.defvjp(forward, backward)
-    return fused(query, *delta, valid)
+    forward = functools.partial(_attend, scale=scale, interpret=interpret)
+    return one_to_many.with_plain_backward(forward, scale)(query, *delta, valid)
 
 
 def _attend(

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from nvs_common import errors
 from quark_jax import fusion, kernels, one_to_many, one_to_many_tpu
-from tests import test_drawing_tpu, test_one_to_many_tpu
+from tests import test_drawing_tpu, test_one_to_many_kernels
 
 
 def module(**options):
@@ -20,7 +20,7 @@ def module(**options):
 @pytest.fixture(scope="module")
 def inputs():
     """A volume [n, l, y, x, c], what it attends to, and who sees what."""
-    _, features, uv, valid = test_one_to_many_tpu.case(
+    _, features, uv, valid = test_one_to_many_kernels.case(
         maps=1, grid=(1, 2, 3), image=(4, 5), channels=4
     )
     volume = jax.random.normal(jax.random.key(0), (*valid.shape[1:], 4))
