@@ -13,6 +13,10 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    other codebooks, for --steps each on the procedural object of --config
   attention        implementations by --tokens and --dtypes: time, share of the machine's ceiling,
                    memory; with --compile_for=v5e what another chip's compiler plans (extra aot)
+  nearest_code, one_to_many, compositing, epipolar
+                   each implementation of an operation: time and memory here, and what the
+                   compilers of --chips=v5e,h100 plan (extra aot); one_to_many and compositing
+                   at --size
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -60,6 +64,7 @@ from launch import (
     cli,
     depth_costs,
     input_counts,
+    kernel_costs,
     lvsm_speed,
     measuring,
     path_flicker,
@@ -108,6 +113,7 @@ _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
 _RAYS = flags.DEFINE_integer("rays", 2048, "vqnerf: rays that are rendered at most.")
 _LATENTS = flags.DEFINE_integer("latents", 16384, "vqnerf: latents that are decoded at most.")
+_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e, h100.")
 _THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 
@@ -213,6 +219,16 @@ def attention() -> Iterator[str]:
         else:
             yield from attention_costs.study(tokens, jnp.dtype(name), repeats=_REPEATS.value)
         yield ""
+
+
+def operation(name: str) -> Iterator[str]:
+    """The implementations of an operation of kernel_costs."""
+    size = {} if _SIZE.value is None else {"size": _size(None)}
+    if size and name not in kernel_costs.SIZED:
+        raise errors.InputError(f"--size={_SIZE.value}: {name} has one size.")
+    return kernel_costs.study(
+        kernel_costs.CASES[name](**size), _CHIPS.value, repeats=_REPEATS.value
+    )
 
 
 def quark_sizes() -> Iterator[str]:
@@ -352,6 +368,7 @@ BENCHMARKS = {
     "lvsm": lvsm,
     "vqnerf": vqnerf,
     "vqnerf_ablation": vqnerf_ablation,
+    **{name: functools.partial(operation, name) for name in kernel_costs.CASES},
 }
 
 

@@ -59,7 +59,7 @@ def measure(mode: str, count: int, size: tuple[int, int], repeats: int) -> Cost:
     """The cost of a layer of a kind for `count` views of a grid (rows, columns)."""
     module = DepthTruncatedAttention(samples=SAMPLES, mode=mode, octaves=0)
     x = jax.ShapeDtypeStruct((1, count, *size, CHANNELS), jnp.float32)
-    known = _orbit(count, *size)
+    known = orbit(count, *size)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, known)
     compiled = jax.jit(functools.partial(module.apply)).lower(shapes, x, known).compile()
     gflop, peak = 1e-9 * products(mode, count, size), measuring.peak(compiled)
@@ -82,7 +82,7 @@ def products(mode: str, count: int, size: tuple[int, int]) -> float:
     return 4.0 * CHANNELS * count * rows * columns * keys[mode]
 
 
-def _orbit(count: int, height: int, width: int) -> epipolar.Surfaces:
+def orbit(count: int, height: int, width: int) -> epipolar.Surfaces:
     """Cameras around a sphere of radius 0.5, 1.5 from its centre, and its depth."""
     angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
     cos, sin, zero = np.cos(angles), np.sin(angles), 0 * angles

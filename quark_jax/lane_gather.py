@@ -46,8 +46,8 @@ class Scratch(NamedTuple):
       x: [h, w] column in the view of each element, pixel centres at whole numbers.
       y: [h, w] row.
       sample: [c, h, w] what is found there; zero outside of the view.
-      window: [c, rows, columns] of the view.
-      arrived: semaphore of the window's copy.
+      window: [columns / 128, c, rows, 128] of the view: a row that is fetched from is one load.
+      arrived: semaphore of the window's copies.
     """
 
     x: Any
@@ -68,20 +68,19 @@ def views(images: Array) -> Views:
 def scratch_shapes(tile: tuple[int, int], of: Views, window: tuple[int, int]) -> Scratch:
     """Scratch for elements in tiles [h, w] and windows of at most `window` of the views."""
     channels, *size = of.planes.shape[1:]
-    held = (min(most, side) for most, side in zip(window, size, strict=True))
+    rows, columns = (min(most, side) for most, side in zip(window, size, strict=True))
     return Scratch(
         pltpu.VMEM(tile, jnp.float32),
         pltpu.VMEM(tile, jnp.float32),
         pltpu.VMEM((channels, *tile), jnp.float32),
-        pltpu.VMEM((channels, *held), jnp.float32),
+        pltpu.VMEM((columns // LANES, channels, rows, LANES), jnp.float32),
         pltpu.SemaphoreType.DMA,
     )
 
 
 def sample(of: Views, view: Array, scratch: Scratch) -> None:
     """Samples view number `view` at the positions in the scratch."""
-    tile, held = scratch.x.shape, scratch.window.shape[1:]
-    size = of.planes.shape[2:]
+    tile, held, size = scratch.x.shape, _held(scratch), of.planes.shape[2:]
     low, high = _bounds(scratch.x[...], scratch.y[...], of)
     # Copies begin at tiles of memory.
     begin = (low[0] & -ROWS, low[1] & -LANES)
@@ -91,10 +90,14 @@ def sample(of: Views, view: Array, scratch: Scratch) -> None:
     def visit(row: Array, column: Array) -> None:
         top = pl.multiple_of(jnp.minimum(row, size[0] - held[0]), ROWS)
         left = pl.multiple_of(jnp.minimum(column, size[1] - held[1]), LANES)
-        source = of.planes.at[view, :, pl.ds(top, held[0]), pl.ds(left, held[1])]
-        copy = pltpu.make_async_copy(source, scratch.window, scratch.arrived)
-        copy.start()
-        copy.wait()
+        copies = []
+        for part in range(held[1] // LANES):
+            columns = pl.ds(pl.multiple_of(left + part * LANES, LANES), LANES)
+            source = of.planes.at[view, :, pl.ds(top, held[0]), columns]
+            copies.append(pltpu.make_async_copy(source, scratch.window.at[part], scratch.arrived))
+            copies[-1].start()
+        for copy in copies:
+            copy.wait()
 
         def group(n: Array, _: None) -> None:
             i = _quotient(n, across)
@@ -147,7 +150,7 @@ def _walk(
     here = (pl.ds(place[0], ROWS), pl.ds(place[1], LANES))
     x, y = scratch.x[here], scratch.y[here]
     low, high = _bounds(x, y, of)
-    held = scratch.window.shape[1:]
+    held = _held(scratch)
     first = [jnp.maximum(least, start) for least, start in zip(low, begin, strict=True)]
     last = [
         jnp.minimum(most, start + size - 1)
@@ -164,14 +167,14 @@ def _walk(
         weights = [
             jnp.where(column >> _LANE_BITS == number, weight, 0.0) for column, weight in sides
         ]
-        columns = pl.ds(pl.multiple_of(number * LANES - corner[1], LANES), LANES)
+        part_of_window = number - (corner[1] >> _LANE_BITS)
 
         def row(number: Array, _: None) -> None:
             part = jnp.where(y0 == number, 1 - below, jnp.where(y0 + 1 == number, below, 0.0))
             both = [part * weight for weight in weights]
 
             def channel(c: Array | int, _: None) -> None:
-                pixels = scratch.window[c, pl.ds(number - corner[0], 1), columns]
+                pixels = scratch.window[part_of_window, c, pl.ds(number - corner[0], 1), :]
                 pixels = jnp.broadcast_to(pixels, (ROWS, LANES))
                 two = [
                     weight * jnp.take_along_axis(pixels, lane, axis=1)
@@ -198,6 +201,12 @@ def _bounds(x: Array, y: Array, of: Views) -> tuple[list[Array], list[Array]]:
         low.append(jnp.maximum(jnp.floor(least).astype(jnp.int32), 0))
         high.append(jnp.minimum(jnp.floor(most).astype(jnp.int32) + 1, side - 1))
     return low, high
+
+
+def _held(scratch: Scratch) -> tuple[int, int]:
+    """Rows and columns of a window."""
+    parts, _, rows, lanes = scratch.window.shape
+    return rows, parts * lanes
 
 
 def _quotient(number: Array, by: int) -> Array:

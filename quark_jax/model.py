@@ -6,6 +6,7 @@ Follows arXiv 2411.16680 (Sec. 3, Tab. 8 and 9). What the paper leaves open is a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from einops import rearrange, repeat
 
 from nvs_common import cameras, layers
 from nvs_common.types import Array, Cameras, Render, Views
-from quark_jax import drawing, encoder, fusion, ldm
+from quark_jax import drawing, encoder, fusion, kernels, ldm, one_to_many
 from quark_jax import prior as sweep_prior
 from quark_jax.stages import PAPER_STAGES, Fused, Stage
 
@@ -50,6 +51,7 @@ class Quark(nn.Module):
         layer at a time, anew in every attention, and colours a layer and view at a time; the
         backward pass computes them again. The same result in less memory.
       dtype: compute type of the network; geometry and compositing are float32.
+      implementation: of attention and drawing where the model streams, see `kernels`.
     """
 
     grid_area: int = 288 * 512
@@ -75,6 +77,7 @@ class Quark(nn.Module):
     sweep_planes: int = 0
     stream: bool = False
     dtype: Any = jnp.float32
+    implementation: str | None = None
 
     def setup(self):
         for name, allowed in (("output", ("blend", "rgb")), ("unseen", ("black", "edge"))):
@@ -101,6 +104,7 @@ class Quark(nn.Module):
                 scale,
                 self.query_scale,
                 self.dtype,
+                self.implementation,
             )
             for stage in self.stages
         ]
@@ -200,7 +204,9 @@ class Quark(nn.Module):
         self, maps: ldm.Logits, context: Views, targets: Cameras, window: ldm.Window | None
     ) -> Render:
         """Draws maps [b, t] of targets [b, t] from the images of context [b, v]."""
-        draw = drawing.draw if self.stream else ldm.upsample_activate
+        draw = ldm.upsample_activate
+        if self.stream:
+            draw = functools.partial(kernels.draw, implementation=self.implementation)
 
         def one(logits: ldm.Logits, target: Cameras, corner: Any, views: Views) -> Render:
             return draw(
@@ -330,7 +336,7 @@ class Quark(nn.Module):
 
     def _back_project(
         self, update: Array, depth_logits: Array, views: Cameras, targets: Cameras
-    ) -> tuple[Array | fusion.Unstored, Array]:
+    ) -> tuple[Array | one_to_many.Unstored, Array]:
         """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
         grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
 
@@ -348,13 +354,13 @@ class Quark(nn.Module):
         by_view = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (update, views))
         delta, valid = jax.lax.map(jax.checkpoint(view), by_view)
         if self.stream:
-            delta = fusion.Unstored(by_view[0], delta)
+            delta = one_to_many.Unstored(by_view[0], delta)
         return delta, valid if self.mask_invalid else jnp.ones_like(valid)
 
     def _logits(
         self,
         volume: Array,
-        delta: Array | fusion.Unstored,
+        delta: Array | one_to_many.Unstored,
         valid: Array,
         sweep: sweep_prior.Sweep | None,
     ) -> ldm.Logits:
@@ -364,7 +370,7 @@ class Quark(nn.Module):
         blend = None
         if color is None:
             query = self.blend_query(self.blend_norm(volume))
-            blend = fusion.over_delta(fusion.agreement, query, delta, valid)
+            blend = one_to_many.over_delta(one_to_many.agreement, query, delta, valid)
             blend = jnp.moveaxis(blend, -1, 1) * self.channels**-0.5
             if sweep is not None:
                 blend = blend + self.blend_prior(sweep.cues(decoded["depth"], decoded["density"]))

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nvs_common.types import Array
-from quark_jax import fusion, lane_gather
+from quark_jax import lane_gather, one_to_many
 
 # Rows and columns of a tile of a layer, and of the window of a view that is on the chip.
 TILE = (16, 256)
@@ -35,16 +35,16 @@ class _Scratch(NamedTuple):
 
 def attend(
     query: Array,
-    delta: fusion.Unstored,
+    delta: one_to_many.Unstored,
     valid: Array,
     scale: float,
     *,
     interpret: object = False,
 ) -> Array:
-    """`fusion.attend_unstored` in one kernel.
+    """`one_to_many.attend_unstored` in one kernel.
 
-    The backward pass is that of `fusion.attend_unstored`, in plain JAX: the gradient of a gather
-    adds to arbitrary pixels, and lanes can fetch from each other but not add to each other.
+    The backward pass is that of the plain form: the gradient of a gather adds to arbitrary pixels,
+    and lanes can fetch from each other but not add to each other.
 
     Raises:
       NotImplementedError: other types than float32.
@@ -55,27 +55,8 @@ def attend(
             f"{delta.features.dtype}"
         )
 
-    @jax.custom_vjp
-    @jax.custom_batching.sequential_vmap
-    def fused(query: Array, features: Array, uv: Array, valid: Array) -> Array:
-        # One map after the other: a batch would add an axis to what the kernel copies by itself.
-        def one(xs: tuple[Array, ...]) -> Array:
-            return _attend(*xs, scale=scale, interpret=interpret)
-
-        batch_first = (jnp.moveaxis(x, 1, 0) for x in (features, uv, fusion.masked(valid)))
-        return jax.lax.map(one, (query, *batch_first))
-
-    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
-        return fused(*args), args
-
-    def backward(args: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
-        def plain(query: Array, features: Array, uv: Array, valid: Array) -> Array:
-            return fusion.attend_unstored(query, fusion.Unstored(features, uv), valid, scale)
-
-        return jax.vjp(plain, *args)[1](cotangent)
-
-    fused.defvjp(forward, backward)
-    return fused(query, *delta, valid)
+    forward = functools.partial(_attend, scale=scale, interpret=interpret)
+    return one_to_many.with_plain_backward(forward, scale)(query, *delta, valid)
 
 
 def _attend(
@@ -158,7 +139,7 @@ def _kernel(
             return logit + query_ref[head, c] * gather.sample[c]
 
         logit = jax.lax.fori_loop(0, channels, multiply, jnp.zeros(x_ref.shape, jnp.float32))
-        logit = jnp.where(takes_part_ref[...] > 0, logit, fusion.LEFT_OUT)
+        logit = jnp.where(takes_part_ref[...] > 0, logit, one_to_many.LEFT_OUT)
         highest = jnp.maximum(scratch.highest[head], logit)
         shrink = jnp.exp(scratch.highest[head] - highest)
         power = jnp.exp(logit - highest)

@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from nvs_common import layers
 from nvs_common.types import Array
-from quark_jax import fusion
+from quark_jax import fusion, one_to_many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,10 @@ class Fused(nn.Module):
     residual_scale: float
     query_scale: float
     dtype: Any
+    implementation: str | None = None
 
     @nn.compact
-    def __call__(self, volume: Array, delta: Array | fusion.Unstored, valid: Array) -> Array:
+    def __call__(self, volume: Array, delta: Array | one_to_many.Unstored, valid: Array) -> Array:
         """volume [n, l, y, x, c], delta [v, n, l, y, x, c], valid [v, n, l, y, x]."""
         for block in range(self.stage.blocks):
             volume = fusion.OneToMany(
@@ -63,6 +64,7 @@ class Fused(nn.Module):
                 self.residual_scale,
                 self.query_scale,
                 self.dtype,
+                self.implementation,
                 name=f"attention{block}",
             )(volume, delta, valid)
             for conv in range(self.stage.convs):

@@ -16,7 +16,7 @@ def test_counts_of_products_are_those_of_the_paper_s_sizes(monkeypatch):
 
 
 def test_cameras_see_the_sphere():
-    known = depth_costs._orbit(5, 8, 8)
+    known = depth_costs.orbit(5, 8, 8)
     uv = np.broadcast_to(cameras.pixel_grid(8, 8), (1, 5, 8, 8, 2))
     points = cameras.unproject(known.cameras, uv, known.depth)
     radius = np.linalg.norm(points, axis=-1)[np.asarray(known.mask)]

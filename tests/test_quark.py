@@ -12,7 +12,7 @@ from configs import quark as quark_config
 from nvs_common import sharding
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Render, Views
-from quark_jax import Quark, Stage, fusion, ldm, model, supervision, task
+from quark_jax import Quark, Stage, fusion, ldm, model, one_to_many, supervision, task
 
 # Two levels, one collapse, one step up: everything that happens, as small as it gets.
 STAGES = ((1, 1, 2, 1, False), (1, 1, 2, 1, False), (0, 1, 1, 1, True))
@@ -77,7 +77,7 @@ def test_folded_attention_equals_standard_attention(x64):
     delta = jnp.asarray(rng.normal(size=(5, 10, channels)))
     valid = jnp.asarray(rng.uniform(size=(5, 10)) > 0.3)
 
-    standard = fusion.attend(
+    standard = one_to_many.attend(
         jnp.einsum("nc,caf->naf", element, q),
         jnp.einsum("vnc,caf->vnaf", delta, k),
         jnp.einsum("vnc,caf->vnaf", delta, v),
@@ -87,7 +87,7 @@ def test_folded_attention_equals_standard_attention(x64):
     standard = jnp.einsum("naf,afc->nc", standard, out)
     folded_q, folded_out = fusion.fold(q, k, v, out)
     query = jnp.einsum("nc,cad->nad", element, folded_q)
-    folded = fusion.attend(query, delta, delta, valid, channels**-0.5)
+    folded = one_to_many.attend(query, delta, delta, valid, channels**-0.5)
     folded = jnp.einsum("nac,acd->nd", folded, folded_out)
     # The softmax is float32 by contract; only the projections are folded.
     np.testing.assert_allclose(folded, standard, atol=1e-5)
@@ -103,14 +103,14 @@ def test_attention_gradient_is_the_one_of_plain_attention(x64, one_for_all_heads
     def plain(query, keys, values):
         heads = "" if one_for_all_heads else "a"
         logits = jnp.einsum(f"naf,vn{heads}f->vna", query, keys) * 0.5
-        logits = jnp.where(fusion.masked(valid)[..., None], logits, -1e9)
+        logits = jnp.where(one_to_many.masked(valid)[..., None], logits, -1e9)
         weights = jax.nn.softmax(logits, axis=0)
         return jnp.einsum(f"vna,vn{heads}c->nac", weights, values)
 
     def score(function):
         return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1, 2))
 
-    ours = score(lambda q, k, v: fusion.attend(q, k, v, valid, 0.5))(query, keys, values)
+    ours = score(lambda q, k, v: one_to_many.attend(q, k, v, valid, 0.5))(query, keys, values)
     for a, b in zip(
         jax.tree.leaves(ours), jax.tree.leaves(score(plain)(query, keys, values)), strict=True
     ):

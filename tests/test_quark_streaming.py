@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nvs_common.types import Cameras, Views
-from quark_jax import drawing, fusion, ldm
+from quark_jax import drawing, ldm, one_to_many
 from tests import test_quark
 
 LAYERS, ROWS, COLUMNS, CHANNELS = 3, 4, 5, 6
@@ -55,14 +55,14 @@ def elements(views: int):
 
 def attend(query, delta, valid):
     heads = jnp.stack([query, 2 * query], axis=-2)
-    return fusion.attend(heads, delta, delta, valid, 0.7)
+    return one_to_many.attend(heads, delta, delta, valid, 0.7)
 
 
 @pytest.mark.parametrize("views", [2, 16])
 def test_streamed_attention_equals_stored(x64, views):
     query, features, uv, valid = (jnp.asarray(x) for x in elements(views))
-    streamed = fusion.over_delta(attend, query, fusion.Unstored(features, uv), valid)
-    stored = fusion.over_delta(attend, query, gather_all(features, uv), valid)
+    streamed = one_to_many.over_delta(attend, query, one_to_many.Unstored(features, uv), valid)
+    stored = one_to_many.over_delta(attend, query, gather_all(features, uv), valid)
     np.testing.assert_allclose(streamed, stored, atol=1e-12)
 
 
@@ -70,8 +70,8 @@ def test_streamed_attention_equals_stored(x64, views):
 def test_gradients_of_streamed_attention_equal_stored(x64, views):
     query, features, uv, valid = (jnp.asarray(x) for x in elements(views))
     assert_same(
-        lambda q, f, u: fusion.over_delta(attend, q, fusion.Unstored(f, u), valid),
-        lambda q, f, u: fusion.over_delta(attend, q, gather_all(f, u), valid),
+        lambda q, f, u: one_to_many.over_delta(attend, q, one_to_many.Unstored(f, u), valid),
+        lambda q, f, u: one_to_many.over_delta(attend, q, gather_all(f, u), valid),
         query,
         features,
         uv,
@@ -80,7 +80,9 @@ def test_gradients_of_streamed_attention_equal_stored(x64, views):
 
 def test_streamed_blend_logits_equal_stored(x64):
     query, features, uv, valid = (jnp.asarray(x) for x in elements(3))
-    streamed = fusion.over_delta(fusion.agreement, query, fusion.Unstored(features, uv), valid)
+    streamed = one_to_many.over_delta(
+        one_to_many.agreement, query, one_to_many.Unstored(features, uv), valid
+    )
     expected = jnp.einsum("n...c,vn...c->n...v", query, gather_all(features, uv))
     np.testing.assert_allclose(streamed, expected, atol=1e-12)
 
@@ -96,7 +98,7 @@ def test_streamed_attention_holds_one_layer_of_the_features():
     )
 
     def streamed(query, features, uv, valid):
-        return fusion.over_delta(attend, query, fusion.Unstored(features, uv), valid)
+        return one_to_many.over_delta(attend, query, one_to_many.Unstored(features, uv), valid)
 
     plan = jax.jit(streamed).lower(*arguments).compile().memory_analysis()
     layer = views * grid[0] * grid[1] * channels * 4

