@@ -22,8 +22,9 @@ from nvs_common import cameras, photoconsistency
 from nvs_common.types import Array, Cameras, Views
 from quark_jax import ldm
 
-# Sides of the windows over which costs are averaged, in elements of a map of WINDOW_ROWS rows, and
-# temperatures of the soft-min over planes: wide windows average noise away and afford a sharper one.
+# Sides of the windows over which costs are averaged, in elements of a map of WINDOW_ROWS rows,
+# and temperatures of the soft-min over planes: wide windows average noise away and afford a
+# sharper one.
 WINDOWS = ((7, 1e-4), (3, 3e-4), (13, 3e-5))
 WINDOW_ROWS = 32
 # Per window; the first two are what depth and density start at, from the first window.
