@@ -11,6 +11,7 @@ start from the 256 ones: --config.init_from=RUN. Variants follow after commas:
 - `one_gpu` and `two_gpus`: the small recipes, 6 and 12 layers, batches of 64;
 - of decoder-only settings, what came after LVSM: `prope` and `gta` (relative camera encoding),
   `prefix` (inputs do not see targets, and are kept as keys and values), `cross_attention` (SVSM);
+- `mixed`: batches of different numbers of inputs (up to two more) and aspect ratios (1:1 to 7:3);
 - `overfit` (of `tiny`): one scene until it is learnt by heart.
 
 PSNR on RealEstate10K as published: 29.67 (decoder-only, 256), 28.58 (encoder-decoder, 256),
@@ -216,6 +217,14 @@ def _cross_attention(config: Any) -> None:
     config.model.update(architecture="cross_attention", encoder_layers=half, decoder_layers=half)
 
 
+def _mixed(config: Any) -> None:
+    data, height = config.data, config.data.height
+    wide = height * 7 // 4
+    data.update(min_context=data.num_context, num_context=data.num_context + 2, width=wide)
+    data.crops = ((height, height), (height, wide), (height * 3 // 4, wide))
+    data.nearest = max(data.nearest, data.num_context)
+
+
 def _tiny() -> Any:
     """Learns in minutes on two CPU cores: 32 x 32 pixels, 471,232 parameters."""
     config = _base()
@@ -275,5 +284,6 @@ VARIANTS = {
     "gta": _relative("gta"),
     "prefix": _prefix,
     "cross_attention": _cross_attention,
+    "mixed": _mixed,
     "overfit": _overfit,
 }

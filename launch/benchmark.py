@@ -175,9 +175,11 @@ def quark_temporal() -> list[str]:
 
 def lvsm() -> list[str]:
     """LVSM beside plain PyTorch, and rendering from a cache."""
-    allocation.keep_freed_memory()
+    kept = allocation.keep_freed_memory()
     threads = lvsm_speed.use_threads(_THREADS.value)
-    return lvsm_speed.study(
+    note = "freed memory stays with the process (launch/train.py leaves that to the system)"
+    lines = [note, ""] if kept else []
+    return lines + lvsm_speed.study(
         lvsm_speed.MODULES,
         lvsm_speed.CASES,
         lvsm_speed.VIEWS if _VIEWS.value is None else _view_counts(None),

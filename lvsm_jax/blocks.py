@@ -245,9 +245,9 @@ def _dense(x: Array, kernel: Array, setting: Setting, num_axes: int = 1) -> Arra
     if not jax.sharding.get_abstract_mesh().empty:
         # Scenes and tokens stay apart: each may be sharded.
         return jnp.tensordot(x, kernel, num_axes)
-    # As one matrix product, whose gradient needs no transposed copies on a CPU.
+    # As one product of matrices: that of einsum transposes copies.
     size = math.prod(kernel.shape[:num_axes])
-    out = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    out = layers.product(x.reshape(-1, size), kernel.reshape(size, -1))
     return out.reshape(*x.shape[:-num_axes], *kernel.shape[num_axes:])
 
 

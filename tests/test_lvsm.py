@@ -272,6 +272,16 @@ def test_the_defaults_have_the_published_numbers_of_parameters():
         assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
+@pytest.mark.parametrize("rows", [3, 1100])
+def test_the_gradient_of_a_product_of_many_rows_is_exact(rows):
+    rng = np.random.default_rng(0)
+    x, kernel, weight = (rng.normal(size=size) for size in ((rows, 5), (5, 7), (rows, 7)))
+    loss = lambda x, kernel: jnp.sum(layers.product(x, kernel) * weight)  # noqa: E731
+    found = jax.jit(jax.grad(loss, (0, 1)))(jnp.float32(x), jnp.float32(kernel))
+    np.testing.assert_allclose(found[0], weight @ kernel.T, atol=1e-4)
+    np.testing.assert_allclose(found[1], x.T @ weight, atol=1e-4)
+
+
 def test_sizes_that_do_not_fit_are_explained():
     views, targets = small_lvsm.views(1, 1), small_lvsm.cameras((1, 1))
     for changes, words in [

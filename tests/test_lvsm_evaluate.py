@@ -17,7 +17,7 @@ from nvs_common import index_evaluation
 from nvs_common.data import eval_index, views
 from nvs_common.errors import InputError
 from nvs_common.types import Aux, Render, Task
-from tests import conftest, scene_writers, small_quark
+from tests import clip_writers, conftest, scene_writers, small_quark
 
 SIZE, PATCH = 16, 4
 
@@ -199,6 +199,41 @@ def test_the_program_evaluates_by_an_index(run, clips, tmp_path, program, capsys
     assert stored["facts"]["poses normalised over"] == "inputs"
     assert [scene["name"] for scene in stored["scenes"]] == ["a", "b"]
     assert 3 < stored["mean"]["psnr"] < 30
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """The same clips as pixelSplat's chunks, as LVSM's metadata and as text files."""
+    root = tmp_path_factory.mktemp("distributed")
+    clip_writers.write_all(root)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["chunks", "lvsm"])
+def test_the_program_evaluates_clips_as_they_are_distributed(
+    run, distributed, layout, tmp_path, program, capsys
+):
+    first, second, third = clip_writers.KEYS
+    entries = {key: entry([0, 3], [1, 2]) for key in (third, first)}
+    index = write_index(
+        tmp_path / "i.json", **entries, **{second: None}, absent=entry([0, 1], [2])
+    )
+    main, out = program("evaluate").main, tmp_path / "out"
+    flags = dict(workdir=str(run), data=str(distributed / layout), index=str(index))
+    with flagsaver.flagsaver(protocol="re10k", allow_missing=True, out=str(out), **flags):
+        assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 scenes evaluated; to 1 more" in said and "missing: 1 scenes: absent" in said
+    rows = list(csv.reader((out / "scenes.csv").open()))
+    assert [row[0] for row in rows] == ["scene", third, first, "absent"]
+    stored = json.loads((out / "metrics.json").read_text())
+    assert stored["null"] == [second] and not stored["failed"]
+    # As from the text files, whose frames are losslessly the same.
+    flags |= dict(data=str(distributed / "text"), out=str(tmp_path / "text"))
+    with flagsaver.flagsaver(protocol="re10k", allow_missing=True, **flags):
+        assert main([]) == 0
+    plain = json.loads((tmp_path / "text" / "metrics.json").read_text())
+    assert stored["mean"]["psnr"] == pytest.approx(plain["mean"]["psnr"], abs=0.05)
 
 
 def test_a_scene_that_cannot_be_read_fails_the_program_after_the_others(

@@ -101,6 +101,27 @@ def test_a_picture_depends_on_the_other_targets_only_where_all_are_normalised(no
     assert np.allclose(together, alone, atol=1e-5) == (normalize != "all")
 
 
+@pytest.mark.parametrize("normalize", ["all", "inputs"])
+def test_training_normalises_over_all_drawn_views(normalize):
+    made, variables = make(normalize)
+    whole = batch()
+    poses = [part.cameras.world_from_cam for part in (whole.context, whole.target)]
+    drawn = np.concatenate(poses, axis=1)
+    loss = jax.jit(made.loss)
+    expected = loss(variables, whole, jax.random.key(1))[0]
+    # The same targets out of order and one of them alone: the frame is that of all drawn views.
+    same = loss(variables, dataclasses.replace(whole, extras={"drawn_poses": drawn[:, ::-1]}), None)
+    np.testing.assert_allclose(same[0], expected, rtol=1e-5)
+    first = Views(whole.target.images[:, :1], whole.target.cameras[:, :1])
+    part = Batch(whole.context, first)
+    known = dataclasses.replace(part, extras={"drawn_poses": drawn})
+    images = made.render(variables, whole.context, whole.target.cameras).images[:, :1]
+    l2 = np.mean((np.asarray(images) - whole.target.images[:, :1]) ** 2)
+    np.testing.assert_allclose(loss(variables, known, None)[1].metrics["l2"], l2, rtol=1e-5)
+    differs = not np.allclose(loss(variables, part, None)[1].metrics["l2"], l2, rtol=1e-5)
+    assert differs == (normalize == "all")
+
+
 def test_training_at_one_place_has_a_finite_loss_and_gradient():
     config = small_config()
     config.poses.normalize = "all"
@@ -244,10 +265,23 @@ def test_a_few_steps_learn(setting, tmp_path):
     assert psnr[-1] > psnr[0] + 1
 
 
-def test_resumed_run_with_changing_numbers_of_inputs_is_bit_equal(tmp_path):
+@pytest.mark.parametrize("setting", [name for name in lvsm_config.SETTINGS if "512" not in name])
+def test_mixed_batches_are_cut_into_patches(setting):
+    config = lvsm_config.get_config(f"{setting},mixed")
+    data, patch = config.data, config.model.patch
+    assert data.min_context < data.num_context <= data.nearest
+    ratios = {width / height for height, width in data.crops}
+    assert len(ratios) == len(data.crops) and max(ratios) > 2
+    for height, width in data.crops:
+        assert height <= data.height and width <= data.width
+        assert height % patch == width % patch == 0
+
+
+def test_resumed_run_with_changing_inputs_and_sizes_is_bit_equal(tmp_path):
     def config(num_steps):
         config = small_config(num_steps=num_steps, batch_size=2, checkpoint_every=3)
         config.data.update(num_context=3, min_context=2, num_target=1)
+        config.data.crops = ((16, 16), (8, 16))
         # The rate does not depend on where the run was meant to end.
         config.optim.update(schedule="constant", warmup_steps=0)
         return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 
 from nvs_common import normalization
 from nvs_common.types import Array
+
+# Rows of a product of matrices that are summed at once, and the most parts that makes.
+_GRADIENT_ROWS, _GRADIENT_PARTS = 512, 16
 
 
 def scaled_init(scale: float):
@@ -54,6 +58,36 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 def _normal_cdf(x: Array) -> Array:
     # With erf: erfc, which is exact far below zero as well, takes three times as long on a CPU.
     return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """x [n, c] times a kernel [c, d], with a gradient that is fast on a CPU, too.
+
+    There is no forward-mode derivative; x @ kernel has one.
+    """
+    return x @ kernel
+
+
+def _product_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return cotangent @ kernel.T, _kernel_gradient(x, cotangent)
+
+
+def _kernel_gradient(x: Array, cotangent: Array) -> Array:
+    """The product of x [n, c], transposed, and a cotangent [n, d]."""
+    if jax.default_backend() != "cpu":
+        return x.T @ cotangent
+    # XLA's product of a matrix that it has to read transposed runs at half the speed of others,
+    # and slows down as rows exceed the cache: 35 and 51 GFLOP/s at n = 4608, c = 256, d = 1024.
+    # The barrier keeps the transposition from being merged into the product again.
+    rows = max(_GRADIENT_ROWS, -(-x.shape[0] // _GRADIENT_PARTS))
+    parts = [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+    products = (jax.lax.optimization_barrier(x[part].T) @ cotangent[part] for part in parts)
+    return functools.reduce(jnp.add, products)
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
 
 
 class RMSNorm(nn.Module):

@@ -112,12 +112,14 @@ def _backward(scale: float, side: int, saved, cotangents):
         def step(carry: tuple[Array, Array], xs: tuple[Array, ...]):
             d_k, d_v = carry
             q, d_out, log_sum, common = xs
-            weights = jnp.exp(_logits(q, tile, scale) - log_sum[..., None])
-            d_v = d_v + _product("banm,banf->bamf", weights, d_out)
-            d_weights = _product("banf,bamf->banm", d_out, tile.v)
-            d_logits = weights * (d_weights - common[..., None]) * scale
-            d_k = d_k + _product("banm,banf->bamf", d_logits, q)
-            return (d_k, d_v), _product("banm,bamf->banf", d_logits, tile.k)
+            # Keys first: two of the three products that follow, and not one, then have their
+            # matrix of weights as it is, and not transposed.
+            weights = jnp.exp(_logits(q, tile, scale, keys_first=True) - log_sum[..., None, :])
+            d_v = d_v + _product("bamn,banf->bamf", weights, d_out)
+            d_weights = _product("bamf,banf->bamn", tile.v, d_out)
+            d_logits = weights * (d_weights - common[..., None, :]) * scale
+            d_k = d_k + _product("bamn,banf->bamf", d_logits, q)
+            return (d_k, d_v), _product("bamn,bamf->banf", d_logits, tile.k)
 
         zeros = jnp.zeros(tile.k.shape, wide)
         grads, more = _scan(step, (zeros, zeros), queries)
@@ -134,9 +136,13 @@ _attend: Any = jax.custom_vjp(_values, nondiff_argnums=(3, 4))
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(q: Array, tile: _Keys, scale: float) -> Array:
-    logits = scale * _product("banf,bamf->banm", q, tile.k)
-    return logits if tile.bias is None else logits + tile.bias.reshape(1, 1, 1, -1)
+def _logits(q: Array, tile: _Keys, scale: float, keys_first: bool = False) -> Array:
+    """[b, a, n, m], or [b, a, m, n]."""
+    if keys_first:
+        logits, along = scale * _product("bamf,banf->bamn", tile.k, q), (1, 1, -1, 1)
+    else:
+        logits, along = scale * _product("banf,bamf->banm", q, tile.k), (1, 1, 1, -1)
+    return logits if tile.bias is None else logits + tile.bias.reshape(along)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
