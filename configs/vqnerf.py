@@ -112,6 +112,8 @@ def _base() -> Any:
                 clip_weight=0.1,
                 clip_every=10,
                 clip_weights="",
+                # "pixels": the compressed branch does not move the surface (not in the paper).
+                shape_from="both",
                 latent_crop=64,
                 global_rays=512,
                 foreground=0.0,
@@ -173,7 +175,7 @@ def _tiny() -> Any:
             beta_on="commitment",
         )
     )
-    config.loss.update(latent_crop=8, global_rays=96, foreground=0.6)
+    config.loss.update(latent_crop=8, global_rays=128, foreground=0.6, shape_from="pixels")
     return config
 
 
@@ -214,7 +216,7 @@ def _fsq(config: Any) -> None:
 
 
 def _no_global(config: Any) -> None:
-    config.loss.update(global_weight=0.0, global_rays=0)
+    config.loss.update(global_weight=0.0, global_rays=0, shape_from="both")
 
 
 def _no_semantic(config: Any) -> None:

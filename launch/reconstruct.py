@@ -48,12 +48,16 @@ def main(_) -> int:
     if _EXPORT.value and pathlib.Path(_EXPORT.value).suffix != ".npz":
         raise InputError(f"--export={_EXPORT.value}: weights are written as .npz.")
     module = vqgan_task.make_parts(model.config).module
-    apply = jax.jit(lambda v, x: vqgan_task.reconstruct(module, v, x))
+
+    @jax.jit
+    def apply(variables: Any, image: Any) -> Any:
+        made = vqgan_task.reconstruct(module, variables, image)
+        return made, metrics.psnr(made.images, image)[0], metrics.ssim(made.images, image)[0]
+
     scores, shown, total = [], [], 0.0
     for image in _images(model.config):
-        made = apply(model.variables, image[None])
-        pair = (made.images, jnp.asarray(image[None]))
-        scores.append([float(metrics.psnr(*pair)[0]), float(metrics.ssim(*pair)[0])])
+        made, *score = apply(model.variables, image[None])
+        scores.append([float(x) for x in score])
         if made.quantized is not None:
             total = total + np.asarray(made.quantized.counts, np.float64)
         if len(shown) < _SHOWN.value:
@@ -96,9 +100,7 @@ def _images(config: Any) -> Iterator[np.ndarray]:
 
 def _export(module: Any, variables: Any) -> None:
     """Writes the auto-encoder's arrays, whole or not at all."""
-    held = {"params": variables["params"]["vqgan"]}
-    if "codes" in variables:
-        held["codes"] = variables["codes"]
+    held = vqgan_task.autoencoder(variables)
     path = pathlib.Path(_EXPORT.value)
     temporary = path.with_name(path.name + ".tmp.npz")
     try:

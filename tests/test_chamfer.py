@@ -75,8 +75,11 @@ def test_dtu_counts_what_was_seen_within_20_mm_above_the_plane():
     unseen = observed(mask=np.zeros((5, 5, 5), bool))
     with pytest.raises(InputError, match="0 points of the mesh lie in the observed volume"):
         chamfer.dtu(ours, truth, unseen, rng)
+    # 26 mm above the truth.
+    far = mesh.Mesh(ours.vertices + [0, 0, 25.0], ours.faces)
+    everything = observed(mask=np.ones((5, 5, 5), bool))
     with pytest.raises(InputError, match="none within 20 mm of the others; is the mesh in the mil"):
-        chamfer.dtu(mesh.Mesh(ours.vertices / 1000, ours.faces), truth, observed(), rng)
+        chamfer.dtu(far, truth, everything, rng)
 
 
 def test_dtu_files_are_read(tmp_path):

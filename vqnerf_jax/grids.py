@@ -43,9 +43,9 @@ def _trilinear(grid: Array, points: Array) -> Array:
     position = (points + 1) * (0.5 * (size - 1))
     cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(position)), 0, size - 2)
     part = position - cell
-    corner = cell.astype(jnp.int32)[:, None] + _CORNERS
+    corner = cell.astype(jnp.int32)[:, None] + _CORNERS[None]
     index = (corner[..., 0] * size + corner[..., 1]) * size + corner[..., 2]
     rows = grid.reshape(-1, channels).at[index].get(mode="promise_in_bounds")
-    share = jnp.where(_CORNERS == 1, part[:, None], 1 - part[:, None])
+    share = jnp.where(_CORNERS[None] == 1, part[:, None], 1 - part[:, None])
     weights = share[..., 0] * share[..., 1] * share[..., 2]
     return jnp.sum(weights[..., None] * rows, axis=1)

@@ -24,6 +24,8 @@ CHOICES = {
     "latent": ("vq", "fsq", "continuous"),
     "decoder": ("frozen", "last", "full"),
 }
+# Parts of the field that say where surfaces are.
+_SHAPE = ("sdf", "grids", "deviation", "beta")
 # Parts of the auto-encoder that learn, by `decoder`; the others are held fixed.
 _TRAINED = {
     "frozen": (),
@@ -108,6 +110,13 @@ def hold_fixed(params: Mapping[str, Any], decoder: str) -> dict[str, Any]:
         return x if learns else jax.lax.stop_gradient(x)
 
     return {**params, "vqgan": jax.tree_util.tree_map_with_path(one, params["vqgan"])}
+
+
+def hold_shape(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, those of the field's shape and sharpness without a gradient."""
+    own = params["field"]
+    held = {name: jax.lax.stop_gradient(own[name]) for name in _SHAPE if name in own}
+    return {**params, "field": {**own, **held}}
 
 
 def render_rays(

@@ -34,6 +34,8 @@ class Weights:
       clip_weight: cosine distance of CLIP's embeddings of decoded and true crops.
       clip_every: steps from one such comparison to the next.
       clip_weights: file of CLIP, see `clip.load_clip`.
+      shape_from: what the shape learns from: "both" branches, or rendered "pixels" alone. The
+        gradient that comes through a decoder blurs the shape, and costs as much as all else.
       latent_crop: side of the crop of latents; of the whole grid where that is smaller.
       global_rays: pixels of each target.
       foreground: share of those that is drawn within the mask; the others lie anywhere.
@@ -50,10 +52,20 @@ class Weights:
     clip_weight: float = 0.0
     clip_every: int = 10
     clip_weights: str = ""
+    shape_from: str = "both"
     latent_crop: int = 64
     global_rays: int = 512
     foreground: float = 0.0
     anneal_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shape_from not in ("both", "pixels"):
+            raise InputError(f"loss.shape_from={self.shape_from!r}; choose 'both' or 'pixels'.")
+        if self.shape_from == "pixels" and not (self.global_rays and self.global_weight > 0):
+            raise InputError(
+                "loss.shape_from='pixels', but none are rendered: the shape would not learn. Set "
+                "loss.shape_from='both', or loss.global_rays and loss.global_weight."
+            )
 
 
 class Crops(NamedTuple):
@@ -141,7 +153,10 @@ def _compressed(
     """Crops that are rendered as latents and decoded."""
     keys = jax.random.split(key)
     crop = crops(ours, targets, weights.latent_crop, keys[0])
-    latents, eikonal = _render_crops(ours, params, crop.cameras, ratio, keys[1])
+    held = model.hold_shape(params) if weights.shape_from == "pixels" else params
+    latents, eikonal = _render_crops(ours, held, crop.cameras, ratio, keys[1])
+    if weights.shape_from == "pixels":
+        eikonal = jnp.zeros_like(eikonal)
     decoded, quantized = model.decode(ours, params, latents)
     terms = {"decoded": losses.l1(decoded, crop.images)}
     values = {"psnr": jnp.mean(metrics.psnr(decoded, crop.images))}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from nvs_common import losses, metrics, perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Names, Render, Task, Variables, Views
-from vqnerf_jax import codes, discriminator, vqgan
+from vqnerf_jax import code_statistics, codes, discriminator, vqgan
 
 # A code is in use if an image of the last so many steps has it.
 RECENT_STEPS = 200
@@ -145,11 +145,20 @@ def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) ->
 
 def reconstruct(module: vqgan.VQGAN, variables: Variables, images: Array) -> vqgan.Reconstruction:
     """Images [n, h, w, 3] in [0, 1] through the auto-encoder of a trained run's variables."""
-    held = {"params": variables["params"]["vqgan"]}
-    if "codes" in variables:
-        held["codes"] = variables["codes"]
-    made = cast(vqgan.Reconstruction, module.apply(held, 2 * images - 1))
+    made = cast(vqgan.Reconstruction, module.apply(autoencoder(variables), 2 * images - 1))
     return made.replace(images=(made.images + 1) / 2)
+
+
+def autoencoder(variables: Variables) -> Variables:
+    """The variables of the auto-encoder alone, from those of a run or of its checkpoint."""
+    held: dict[str, Any] = {"params": variables["params"]["vqgan"]}
+    if "codes" in variables:
+        state = variables["codes"]["codebook"]["state"]
+        if not isinstance(state, code_statistics.Statistics):
+            # A checkpoint that is read without its task holds plain mappings.
+            state = code_statistics.Statistics(**state)
+        held["codes"] = {"codebook": {"state": state}}
+    return held
 
 
 def num_codes(module: vqgan.VQGAN) -> int:
