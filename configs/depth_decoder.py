@@ -109,7 +109,7 @@ def _svd() -> Any:
 def _tiny() -> Any:
     """Small networks for minutes on a CPU."""
     config = _svd()
-    config.update(num_steps=600, batch_size=1, log_every=50, checkpoint_every=300)
+    config.update(num_steps=450, batch_size=1, log_every=50, checkpoint_every=225)
     config.optim.update(learning_rate=2e-3, warmup_steps=50)
     config.optim.rates = (("vae/encoder", 0.0), ("vae/quant_conv", 0.0), ("vae/decoder", 0.25))
     config.data.update(source="objects", height=32, width=32, num_target=4, num_scenes=192)

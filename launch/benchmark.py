@@ -6,7 +6,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   quark_temporal   flicker of trained models along a camera path of --frames
   lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
   depth_decoder    time and memory of attention between views: along short rays, along whole ones,
-                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
+                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16; and of the
+                   decoder beside diffusers', where it is installed, on --threads
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -91,7 +92,9 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
-_THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "lvsm, depth_decoder: of JAX and PyTorch; all by default."
+)
 
 
 def main(argv) -> None:
@@ -164,11 +167,16 @@ def lvsm() -> list[str]:
     )
 
 
-def depth_decoder() -> list[str]:
-    """Attention between views against the same along whole rays and to all pixels."""
+def depth_decoder() -> Iterator[str]:
+    """Attention between views against the same along whole rays and to all pixels; decoders."""
+    allocation.keep_freed_memory()
+    threads = lvsm_speed.use_threads(_THREADS.value)
     counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
     grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
-    return depth_costs.study(counts, grids, repeats=_REPEATS.value)
+    yield f"{threads} threads"
+    yield from depth_costs.decoders(depth_costs.DECODERS, repeats=_REPEATS.value)
+    yield ""
+    yield from depth_costs.study(counts, grids, repeats=_REPEATS.value)
 
 
 def quark_sizes() -> Iterator[str]:
