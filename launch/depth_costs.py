@@ -221,7 +221,8 @@ def _diffusers() -> Callable[[Decoder], Callable[[], Any]] | None:
         return None
 
     def make(case: Decoder) -> Callable[[], Any]:
-        decoder = published.TemporalDecoder(4, 3, case.channels, case.num_resnets).eval()
+        channels: Any = case.channels
+        decoder = published.TemporalDecoder(4, 3, channels, case.num_resnets).eval()
         frames, height, width = case.latents
         latents = torch.randn(frames, 4, height, width)
         only_images = torch.zeros(1, frames)

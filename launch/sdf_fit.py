@@ -173,7 +173,7 @@ def _render(
     module: field.SDFField, params: Any, rays: image_rays.Rays, jitter: Array | None = None
 ) -> ray_render.RayRender:
     arrays = (rays.origins, rays.directions, rays.near, rays.far)
-    options = dict(background=jnp.ones(3), jitter=jitter, method="render")
+    options: Any = dict(background=jnp.ones(3), jitter=jitter, method="render")
     return cast(ray_render.RayRender, module.apply({"params": params}, *arrays, **options))
 
 
