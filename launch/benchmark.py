@@ -6,7 +6,8 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   quark_temporal   flicker of trained models along a camera path of --frames
   lvsm             time beside plain PyTorch, on --threads, and of views from a cache of the inputs
   depth_decoder    time and memory of attention between views: along short rays, along whole ones,
-                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
+                   to all pixels; grids of 32 to 256 squared or of --size, --views 6,16; and of the
+                   decoder beside diffusers', where it is installed, on --threads
   vqnerf           time and memory of rendering every pixel against latents and their decoder, at
                    the published sizes or those of --config; images of three sizes or of --size
   vqnerf_ablation  trains VQ-NeRF without quantisation, without its full-resolution branch, with
@@ -114,7 +115,9 @@ _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_tem
 _RAYS = flags.DEFINE_integer("rays", 2048, "vqnerf: rays that are rendered at most.")
 _LATENTS = flags.DEFINE_integer("latents", 16384, "vqnerf: latents that are decoded at most.")
 _CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e, h100.")
-_THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "lvsm, depth_decoder: of JAX and PyTorch; all by default."
+)
 
 
 def main(argv) -> None:
@@ -189,11 +192,16 @@ def lvsm() -> list[str]:
     )
 
 
-def depth_decoder() -> list[str]:
-    """Attention between views against the same along whole rays and to all pixels."""
+def depth_decoder() -> Iterator[str]:
+    """Attention between views against the same along whole rays and to all pixels; decoders."""
+    allocation.keep_freed_memory()
+    threads = lvsm_speed.use_threads(_THREADS.value)
     counts = depth_costs.COUNTS if _VIEWS.value is None else _view_counts(None)
     grids = depth_costs.GRIDS if _SIZE.value is None else (_size(None),)
-    return depth_costs.study(counts, grids, repeats=_REPEATS.value)
+    yield f"{threads} threads"
+    yield from depth_costs.decoders(depth_costs.DECODERS, repeats=_REPEATS.value)
+    yield ""
+    yield from depth_costs.study(counts, grids, repeats=_REPEATS.value)
 
 
 def vqnerf() -> Iterator[str]:

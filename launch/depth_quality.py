@@ -98,7 +98,7 @@ def held_out(config: Any, count: int | None = None) -> list[Orbit]:
         raise InputError("the run's config has data.with_depth=False; pass one of the decoder.")
     if count is not None:
         config.eval.num_scenes = count
-    source, sampler = sources.held_out(config), samples.Sampler.from_config(config.data)
+    source, sampler = sources.held_out(config), samples.Sampler.from_config(config)
     found = []
     for number in range(len(source)):
         scene = source[number]

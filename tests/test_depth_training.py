@@ -1,5 +1,6 @@
 """The depth-guided decoder as a task: stages, frozen parts, noise, configs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from nvs_common import optim, sharding
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Views
 from tests import small_depth
+
+KEY = jax.random.key(3)
 
 
 def small_config(setting="tiny"):
@@ -74,6 +77,43 @@ def test_the_autoencoder_learns_whole_and_without_attention():
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
     params = found["params"]
     assert largest(params["vae"]["encoder"]) > 0 and largest(params["cross_0"]) == 0
+
+
+def test_the_plain_decoder_learns_from_the_same_noisy_latents_without_attention():
+    config = small_config()
+    config.loss.stage = "plain_decoder"
+    made = task.make(config)
+    shapes = jax.eval_shape(jax.grad(made.loss, has_aux=True), initial(made), batch(), KEY)
+    assert set(shapes[1].metrics) == {"loss", "l1", "psnr"}
+    _, variables, ((_, guided), _) = gradients("tiny")
+    silent = jax.tree.map(lambda x: x, variables)
+    kernel = silent["params"]["cross_0"]["output"]["kernel"]
+    silent["params"]["cross_0"]["output"]["kernel"] = jnp.zeros_like(kernel)
+    total, found = jax.jit(jax.value_and_grad(lambda v: made.loss(v, batch(), KEY)[0]))(silent)
+    # Other numbers than with attention; without its output there is no other difference.
+    assert abs(float(total) - float(guided.metrics["l1"])) > 1e-6
+    params = found["params"]
+    assert largest(params["cross_0"]) == largest(params["vae"]["encoder"]) == 0
+    assert largest(params["vae"]["decoder"]) > 0
+
+
+def test_background_without_depth_gets_none_from_noise(monkeypatch):
+    made = task.make(small_config())
+    seen = []
+    monkeypatch.setattr(
+        task.model.DepthGuidedDecoder,
+        "__call__",
+        lambda self, latents, cams, depth, mask, front, key: (
+            seen.append((depth, mask)) or (jnp.zeros((1, 2, 8, 8, 3)))
+        ),
+    )
+    depth = batch().extras["depth"].at[:, :, 0].set(0.0).at[:, 0, 1].set(jnp.inf)
+    coverage = jnp.ones_like(depth).at[:, :, 2].set(0.2)
+    one = dataclasses.replace(batch(), extras={"depth": depth, "mask": coverage})
+    made.loss(initial(made), one, KEY)
+    (_, mask), *_ = seen
+    assert not mask[:, :, 0].any() and not mask[:, 0, 1].any() and not mask[:, :, 2].any()
+    assert mask[:, 1, 1].all() and mask[:, :, 3:].all()
 
 
 def test_parts_have_rates_of_their_own():

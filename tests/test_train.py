@@ -371,6 +371,21 @@ def test_a_run_starts_from_released_weights(tmp_path):
         checkpoint.initial_params(file, {"kernel": np.zeros((2, 2))})
 
 
+def test_parts_that_the_other_run_lacks_may_start_anew(tmp_path):
+    _fit(toy.config(num_steps=1), tmp_path / "first")
+    params = checkpoint.load_variables(tmp_path / "first")[1]["params"]
+    more = {**params, "extra_1": {"kernel": np.ones((2, 2))}}
+    found = checkpoint.initial_params(tmp_path / "first", more, ("extra",))
+    assert_trees_close(found, params, 0)
+    # What both have is taken, whatever it is called; what only the source has is left.
+    found = checkpoint.initial_params(tmp_path / "first", params, ("hidden",))
+    assert_trees_close(found, params, 0)
+    less = {"hidden": params["hidden"]}
+    assert set(checkpoint.initial_params(tmp_path / "first", less, ("image",))) == {"hidden"}
+    with pytest.raises(errors.InputError, match="extra_1/kernel is absent there.*init_new"):
+        checkpoint.initial_params(tmp_path / "first", more, ("other",))
+
+
 def test_starting_from_nothing_or_from_another_model_is_refused(tmp_path):
     with pytest.raises(errors.InputError, match="holds no training run"):
         _fit(toy.config(init_from=str(tmp_path / "absent")), tmp_path / "a")

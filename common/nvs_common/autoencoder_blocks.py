@@ -33,11 +33,21 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, epsilon: float)
       The shape of x, float32 or wider.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
-    centred = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
-    factors = jax.lax.rsqrt(variance + epsilon) * scale.reshape(1, 1, groups, -1)
-    return (centred * factors + bias.reshape(1, 1, groups, -1)).reshape(x.shape)
+    flat = wide.reshape(x.shape[0], -1, x.shape[-1])
+    # Sums of channels first, then of groups: a reduction that leaves the last axis alone is
+    # several times faster on a CPU than one that splits it.
+    centred = flat - _of_groups(jnp.mean(flat, axis=1), groups)
+    variance = _of_groups(jnp.mean(jnp.square(centred), axis=1), groups)
+    factors = jax.lax.rsqrt(variance + epsilon) * scale.reshape(1, 1, -1)
+    return (centred * factors + bias.reshape(1, 1, -1)).reshape(x.shape)
+
+
+def _of_groups(x: Array, groups: int) -> Array:
+    """The mean of the group that each channel of x [n, c] is in, [n, 1, c]."""
+    means = jnp.mean(x.reshape(x.shape[0], groups, -1), axis=-1, keepdims=True)
+    return jnp.broadcast_to(means, (*means.shape[:2], x.shape[-1] // groups)).reshape(
+        x.shape[0], 1, -1
+    )
 
 
 class GroupNorm(nn.Module):

@@ -108,7 +108,7 @@ class ObjectScene:
 
     def inside(self, points: np.ndarray) -> np.ndarray:
         """Which points [..., 3] of the world lie in the object; bool [...]."""
-        return _in_solids(self.stage.solids, points).any(axis=-1)
+        return np.asarray(_in_solids(self.stage.solids, points).any(axis=-1))
 
     def surface(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Points [count, 3] that are uniform on the surface of the object."""
