@@ -97,8 +97,8 @@ def _here(function: Callable, arrays: Any, runs: bool, repeats: int) -> tuple[st
         jax.block_until_ready(compiled(*arrays))
         times.append(time.process_time() - begin)
     seconds = float(np.median(times))
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return f"{1e3 * seconds:.0f}", f"{temporaries:.1f}"
+    plan: Any = compiled.memory_analysis()
+    return f"{1e3 * seconds:.0f}", f"{plan.temp_size_in_bytes / 2**20:.1f}"
 
 
 def _planned(chip: str, function: Callable, shapes: Any) -> tuple[str, str]:
@@ -247,7 +247,7 @@ def _rig(views: int, height: int, width: int) -> tuple[Cameras, Cameras]:
     pose[1:, 0, 3], pose[1:, 1, 3] = 0.1 * np.cos(angles), 0.06 * np.sin(angles)
     intrinsics = np.float32([0.8 * width, 0.8 * width, width / 2, height / 2])
     near = np.ones(views + 1, np.float32)
-    every = Cameras(pose, np.tile(intrinsics, (views + 1, 1)), near, 50 * near, height, width)
+    every: Any = Cameras(pose, np.tile(intrinsics, (views + 1, 1)), near, 50 * near, height, width)
     every = jax.tree.map(jnp.asarray, every)
     return jax.tree.map(lambda x: x[0], every), jax.tree.map(lambda x: x[1:], every)
 

@@ -31,7 +31,7 @@ def attend(
     valid: Array,
     scale: float,
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> Array:
     """`one_to_many.attend_unstored` in one kernel.
 
