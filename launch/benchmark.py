@@ -8,9 +8,10 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
   depth_decoder    time and memory of attention between views: along short rays, along whole ones,
                    to all pixels; grids of 32 to 256 squared or of --size, --views 6,16
   nearest_code, one_to_many, compositing, epipolar
-                   each implementation of an operation: time and memory here, and what the
-                   compilers of --chips=v5e,h100 plan (extra aot); one_to_many and compositing
-                   at --size
+                   implementations of an operation, also planned with --compile_for; the middle
+                   two at --size
+  attention        implementations by --tokens and --dtypes: time, share of the machine's ceiling,
+                   memory; with --compile_for=v5e what another chip's compiler plans (extra aot)
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -51,8 +52,10 @@ from absl import flags
 
 from launch import (
     ablation,
+    absent_devices,
     allocation,
     arithmetic,
+    attention_costs,
     cli,
     depth_costs,
     input_counts,
@@ -71,7 +74,11 @@ _CONFIG = cli.define_config(required=False)
 _OUT = flags.DEFINE_string("out", None, "File for the table (Markdown).")
 _VIEWS = flags.DEFINE_list("views", None, "Input views, one number or several; the config's.")
 _MODEL = flags.DEFINE_enum("model", None, ["tiny", "quark", "quark_plus"], "Instead of --config.")
-_DTYPES = flags.DEFINE_list("dtypes", None, "Compute types, for --model; the config's by default.")
+_DTYPES = flags.DEFINE_list("dtypes", None, "Compute types; the config's, attention: float32.")
+_TOKENS = flags.DEFINE_list("tokens", ["1024", "4096", "16384"], "attention: lengths.")
+_COMPILE_FOR = flags.DEFINE_enum(
+    "compile_for", None, absent_devices.CHIPS, "Compile for this chip, run nothing."
+)
 _ATTENTION = flags.DEFINE_list("attention", ["folded"], "folded, unfolded or both, for --model.")
 _STREAM = flags.DEFINE_bool("stream", None, "model.stream, for --model; the config's by default.")
 _SIZE = flags.DEFINE_string("size", None, "Image size as HxW; the config's by default.")
@@ -96,7 +103,6 @@ _OTHER = flags.DEFINE_multi_string(
 _DATA = flags.DEFINE_string("data", None, "A scene folder or a folder of scenes, not procedural.")
 _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path.", lower_bound=2)
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
-_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e, h100.")
 _THREADS = flags.DEFINE_integer("threads", None, "lvsm: of JAX and PyTorch; all by default.")
 
 
@@ -182,9 +188,19 @@ def operation(name: str) -> Iterator[str]:
     size = {} if _SIZE.value is None else {"size": _size(None)}
     if size and name not in kernel_costs.SIZED:
         raise errors.InputError(f"--size={_SIZE.value}: {name} has one size.")
-    return kernel_costs.study(
-        kernel_costs.CASES[name](**size), _CHIPS.value, repeats=_REPEATS.value
-    )
+    case = kernel_costs.CASES[name](**size)
+    return kernel_costs.study(case, _COMPILE_FOR.value, repeats=_REPEATS.value)
+
+
+def attention() -> Iterator[str]:
+    """Implementations of attention, measured here or planned for another chip."""
+    tokens = _numbers("tokens", _TOKENS.value)
+    for name in _DTYPES.value or ["float32"]:
+        if _COMPILE_FOR.value:
+            yield from attention_costs.planned(tokens, jnp.dtype(name), _COMPILE_FOR.value)
+        else:
+            yield from attention_costs.study(tokens, jnp.dtype(name), repeats=_REPEATS.value)
+        yield ""
 
 
 def quark_sizes() -> Iterator[str]:
@@ -315,6 +331,7 @@ def _median(compiled: Callable, *args: Any) -> float:
 
 
 BENCHMARKS = {
+    "attention": attention,
     "depth_decoder": depth_decoder,
     "quark": quark,
     "quark_ablation": quark_ablation,
@@ -348,10 +365,13 @@ def _scenes(config: Any) -> list[tuple[str, Any]]:
 def _view_counts(config) -> list[int]:
     if _VIEWS.value is None:
         return [config.data.num_context]
-    if not all(text.isdecimal() and int(text) for text in _VIEWS.value):
-        given = ",".join(_VIEWS.value)
-        raise errors.InputError(f"--views={given}: expected whole numbers such as 4,8")
-    return [int(text) for text in _VIEWS.value]
+    return _numbers("views", _VIEWS.value)
+
+
+def _numbers(flag: str, texts: list[str]) -> list[int]:
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise errors.InputError(f"--{flag}={','.join(texts)}: expected whole numbers such as 4,8")
+    return [int(text) for text in texts]
 
 
 def _size(config) -> tuple[int, int]:

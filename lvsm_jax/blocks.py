@@ -147,6 +147,8 @@ def block(
     Returns:
       [b, n, d] of the tokens to keep.
     """
+    if at is None and attention.fuses_norm(setting.attention):
+        return _block_with_fused_norms(params, x, setting, keep)
     return block_with_keys(params, x, setting, at, keep)[0]
 
 
@@ -222,6 +224,19 @@ def cast(params: Params, dtype: Any) -> Params:
         name: {leaf: x.astype(dtype) if leaf == "kernel" else x for leaf, x in entry.items()}
         for name, entry in params.items()
     }
+
+
+def _block_with_fused_norms(params: Params, x: Array, setting: Setting, keep: slice) -> Array:
+    """A block whose kernel of attention normalises queries and keys; their norms are not stored."""
+    y = normalized(params, "attention_norm", x, setting)
+    q = _constrain(
+        _dense(y[:, keep], params["query"]["kernel"], setting), "act_token", "act_heads", None
+    )
+    both = _dense(y, params["key_value"]["kernel"], setting)
+    k, v = (_constrain(both[..., i, :, :], None, "act_heads", None) for i in (0, 1))
+    norm = attention.QKNorm(params["query_norm"]["scale"], params["key_norm"]["scale"], EPSILON)
+    attended = attention.attention(q, k, v, norm=norm, implementation=setting.attention)
+    return add_mlp(params, add_attended(params, x[:, keep], attended, setting, None), setting)
 
 
 def _dense(x: Array, kernel: Array, setting: Setting, num_axes: int = 1) -> Array:

@@ -24,6 +24,7 @@ FLOORS = {
     "nvs_common.sampling": 2,
     "nvs_common.compositing": 2,
     "nvs_common.sharding": 2,
+    "nvs_common.normalization": 2,
     "nvs_common.attention": 3,
     "nvs_common.layers": 4,
 }

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nvs_common import normalization
 from nvs_common.types import Array
 
 
@@ -17,13 +18,7 @@ def scaled_init(scale: float):
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """Divides x [..., c] by its root mean square over c and multiplies by scale [c]; float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    total = jnp.einsum("...c,...c->...", wide, wide, precision="highest")
-    square = total[..., None] / x.shape[-1]
-    inverse = jax.lax.rsqrt(square + epsilon)
-    return wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+rms_norm = normalization.rms_norm
 
 
 def layer_norm(x: Array, scale: Array, epsilon: float) -> Array:

@@ -37,10 +37,7 @@ def attention(
 ) -> tuple[Array, Array]:
     """See `nvs_common.attention.attention`; supports everything."""
     del need_log_sum
-    backend = jax.default_backend()
-    n, m = q.shape[1], k.shape[1]
-    whole = n * m <= _WHOLE.get(backend, _WHOLE_ELSEWHERE)
-    return tiled(q, k, v, scale, max(n, m) if whole else _SIDE.get(backend, _SIDE_ELSEWHERE))
+    return tiled(q, k, v, scale, side(q.shape[1], k.shape[1]))
 
 
 def tiled(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array, Array]:
@@ -48,6 +45,31 @@ def tiled(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array,
     # Heads first: products of matrices then need no other layout.
     out, log_sum = _attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), scale, side)
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(log_sum, 1, 2)
+
+
+def gradients(
+    saved: tuple[Array, Array, Array, Array, Array],
+    cotangents: tuple[Array, Array],
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Cotangents of q, k and v, which may be some of the keys that the denominators are of.
+
+    Args:
+      saved: q, k, v, and the output and log-denominators of all keys.
+      cotangents: of the output and the log-denominators.
+      scale: factor on the logits.
+    """
+    n, m = saved[0].shape[1], saved[1].shape[1]
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    saved, cotangents = jax.tree.map(heads_first, (saved, cotangents))
+    return jax.tree.map(heads_first, _backward(scale, side(n, m), saved, cotangents))
+
+
+def side(n: int, m: int, backend: str | None = None) -> int:
+    """Side of a tile on the default device or another backend; all of a small matrix."""
+    backend = backend or jax.default_backend()
+    whole = n * m <= _WHOLE.get(backend, _WHOLE_ELSEWHERE)
+    return max(n, m) if whole else _SIDE.get(backend, _SIDE_ELSEWHERE)
 
 
 def _values(q: Array, k: Array, v: Array, scale: float, side: int) -> tuple[Array, Array]:
