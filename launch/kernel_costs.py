@@ -1,9 +1,9 @@
 """What each implementation of an operation costs: time here, memory here and planned for TPUs.
 
 Time is the processor time of this process, which other work on the machine changes little; give
-the process one core, or it is the sum over cores. For a chip that is not here its own compiler plans
-(`absent_devices`) temporaries and estimates cycles: of loops, gathers and the inside of kernels it
-has no estimate, and "+" stands for a kernel's own.
+the process one core, or it is the sum over cores. For a chip that is not here its own compiler
+(`absent_devices`) plans temporaries and estimates cycles: of loops, gathers and the inside of
+kernels it has no estimate, and "+" stands for a kernel's own.
 """
 
 from __future__ import annotations
