@@ -119,6 +119,8 @@ def _base() -> Any:
                 sweep_planes=0,
                 # A layer and view at a time; `tiny` has room for all at once, which is faster.
                 stream=True,
+                # Of attention and drawing where the model streams: "tpu" and "gpu" are kernels.
+                implementation="xla",
                 dtype="float32",
             ),
             # Perceptual weights are the user's own file; without them the loss is L1 alone.

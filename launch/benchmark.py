@@ -12,12 +12,11 @@ r"""Measures the library, side by side in one run: python launch/benchmark.py NA
                    the published sizes or those of --config; images of three sizes or of --size
   vqnerf_ablation  trains VQ-NeRF without quantisation, without its full-resolution branch, with
                    other codebooks, for --steps each on the procedural object of --config
+  nearest_code, one_to_many, compositing, epipolar
+                   implementations of an operation, also planned with --compile_for; the middle
+                   two at --size
   attention        implementations by --tokens and --dtypes: time, share of the machine's ceiling,
                    memory; with --compile_for=v5e what another chip's compiler plans (extra aot)
-  nearest_code, one_to_many, compositing, epipolar
-                   each implementation of an operation: time and memory here, and what the
-                   compilers of --chips=v5e,h100 plan (extra aot); one_to_many and compositing
-                   at --size
 
 quark_views and quark_temporal take --workdir=RUN or --weights=FILE, and procedural held-out scenes
 or --data=PATH:
@@ -86,7 +85,7 @@ _MODEL = flags.DEFINE_enum("model", None, ["tiny", "quark", "quark_plus"], "Inst
 _DTYPES = flags.DEFINE_list("dtypes", None, "Compute types; the config's, attention: float32.")
 _TOKENS = flags.DEFINE_list("tokens", ["1024", "4096", "16384"], "attention: lengths.")
 _COMPILE_FOR = flags.DEFINE_enum(
-    "compile_for", None, absent_devices.CHIPS, "attention: compile for this chip, run nothing."
+    "compile_for", None, absent_devices.CHIPS, "Compile for this chip, run nothing."
 )
 _ATTENTION = flags.DEFINE_list("attention", ["folded"], "folded, unfolded or both, for --model.")
 _STREAM = flags.DEFINE_bool("stream", None, "model.stream, for --model; the config's by default.")
@@ -114,7 +113,6 @@ _FRAMES = flags.DEFINE_integer("frames", 60, "quark_temporal: frames of the path
 _PATH = flags.DEFINE_enum("path", "spiral", list(path_flicker.PATHS), "quark_temporal: the path.")
 _RAYS = flags.DEFINE_integer("rays", 2048, "vqnerf: rays that are rendered at most.")
 _LATENTS = flags.DEFINE_integer("latents", 16384, "vqnerf: latents that are decoded at most.")
-_CHIPS = flags.DEFINE_list("chips", [], "Chips to plan for, of v4, v5e, v5p, v6e, h100.")
 _THREADS = flags.DEFINE_integer(
     "threads", None, "lvsm, depth_decoder: of JAX and PyTorch; all by default."
 )
@@ -220,6 +218,15 @@ def vqnerf_ablation() -> list[str]:
     return vqnerf_variants.study(config, steps, _VARIANTS.value or ())
 
 
+def operation(name: str) -> Iterator[str]:
+    """The implementations of an operation of kernel_costs."""
+    size = {} if _SIZE.value is None else {"size": _size(None)}
+    if size and name not in kernel_costs.SIZED:
+        raise errors.InputError(f"--size={_SIZE.value}: {name} has one size.")
+    case = kernel_costs.CASES[name](**size)
+    return kernel_costs.study(case, _COMPILE_FOR.value, repeats=_REPEATS.value)
+
+
 def attention() -> Iterator[str]:
     """Implementations of attention, measured here or planned for another chip."""
     tokens = _numbers("tokens", _TOKENS.value)
@@ -229,16 +236,6 @@ def attention() -> Iterator[str]:
         else:
             yield from attention_costs.study(tokens, jnp.dtype(name), repeats=_REPEATS.value)
         yield ""
-
-
-def operation(name: str) -> Iterator[str]:
-    """The implementations of an operation of kernel_costs."""
-    size = {} if _SIZE.value is None else {"size": _size(None)}
-    if size and name not in kernel_costs.SIZED:
-        raise errors.InputError(f"--size={_SIZE.value}: {name} has one size.")
-    return kernel_costs.study(
-        kernel_costs.CASES[name](**size), _CHIPS.value, repeats=_REPEATS.value
-    )
 
 
 def quark_sizes() -> Iterator[str]:

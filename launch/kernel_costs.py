@@ -1,10 +1,9 @@
 """What each implementation of an operation costs: time here, memory here and planned for TPUs.
 
 Time is the processor time of this process, which other work on the machine changes little; give
-the process one core, or it is the sum over cores. Kernels for devices that are not here have no
-time. For chips that are named, the chips' own compilers plan (`absent_devices`) temporaries and
-estimate cycles: of loops, gathers and the inside of kernels they have no estimate, and "+" stands
-for a kernel's own.
+the process one core, or it is the sum over cores. For a chip that is not here its own compiler
+(`absent_devices`) plans temporaries and estimates cycles: of loops, gathers and the inside of
+kernels it has no estimate, and "+" stands for a kernel's own.
 """
 
 from __future__ import annotations
@@ -44,22 +43,25 @@ class Case(NamedTuple):
     backward: bool = True
 
 
-def study(case: Case, chips: Sequence[str], *, repeats: int) -> Iterator[str]:
-    """A table of the implementations of an operation."""
-    head = ["implementation", "pass", "CPU ms", "temporaries, MiB"]
-    head += [f"{chip}: {what}" for chip in chips for what in ("MiB", "Mcycles")]
-    yield from [case.title, "", *measuring.table(tuple(head), [])]
-    arrays = case.make()
+def study(case: Case, chip: str | None, *, repeats: int) -> Iterator[str]:
+    """A table of the implementations of an operation: measured here, or planned for a chip."""
+    what = ("CPU ms", "temporaries, MiB") if chip is None else ("temporaries, MiB", "Mcycles")
+    title = case.title if chip is None else f"{case.title}, planned for {chip}"
+    yield from [title, "", *measuring.table(("implementation", "pass", *what), [])]
+    arrays = case.make() if chip is None else ()
+    here = jax.default_backend() if chip is None else "gpu" if chip == "h100" else "tpu"
     for name, form in case.forms.items():
+        if name in ("tpu", "gpu") and name != here:
+            continue
         passes = {"forward": form}
         if case.backward:
             passes["forward and backward"] = gradient(form)
         for which, function in passes.items():
-            cells = [name, which, *_here(function, arrays, _runs(name), repeats)]
-            for chip in chips:
-                suits = name == ("gpu" if chip == "h100" else "tpu") or name not in ("gpu", "tpu")
-                cells += _planned(chip, function, case.shapes) if suits else ("-", "-")
-            yield measuring.row(tuple(cells))
+            if chip is None:
+                cells = _here(function, arrays, repeats)
+            else:
+                cells = _planned(chip, function, case.shapes)
+            yield measuring.row((name, which, *cells))
     yield ""
 
 
@@ -81,14 +83,7 @@ def gradient(form: Callable) -> Callable:
     return run
 
 
-def _runs(name: str) -> bool:
-    """Whether an implementation of this name is for this machine."""
-    return name not in ("tpu", "gpu") or name == jax.default_backend()
-
-
-def _here(function: Callable, arrays: Any, runs: bool, repeats: int) -> tuple[str, str]:
-    if not runs:
-        return "-", "-"
+def _here(function: Callable, arrays: Any, repeats: int) -> tuple[str, str]:
     compiled = jax.jit(function).lower(*arrays).compile()
     jax.block_until_ready(compiled(*arrays))
     times = []
@@ -97,8 +92,8 @@ def _here(function: Callable, arrays: Any, runs: bool, repeats: int) -> tuple[st
         jax.block_until_ready(compiled(*arrays))
         times.append(time.process_time() - begin)
     seconds = float(np.median(times))
-    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return f"{1e3 * seconds:.0f}", f"{temporaries:.1f}"
+    plan: Any = compiled.memory_analysis()
+    return f"{1e3 * seconds:.0f}", f"{plan.temp_size_in_bytes / 2**20:.1f}"
 
 
 def _planned(chip: str, function: Callable, shapes: Any) -> tuple[str, str]:
@@ -247,7 +242,7 @@ def _rig(views: int, height: int, width: int) -> tuple[Cameras, Cameras]:
     pose[1:, 0, 3], pose[1:, 1, 3] = 0.1 * np.cos(angles), 0.06 * np.sin(angles)
     intrinsics = np.float32([0.8 * width, 0.8 * width, width / 2, height / 2])
     near = np.ones(views + 1, np.float32)
-    every = Cameras(pose, np.tile(intrinsics, (views + 1, 1)), near, 50 * near, height, width)
+    every: Any = Cameras(pose, np.tile(intrinsics, (views + 1, 1)), near, 50 * near, height, width)
     every = jax.tree.map(jnp.asarray, every)
     return jax.tree.map(lambda x: x[0], every), jax.tree.map(lambda x: x[1:], every)
 

@@ -54,7 +54,7 @@ def draw(
     unseen: Literal["black", "edge"] = "black",
     mask_invalid: bool = True,
     window: ldm.Window | None = None,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> Render:
     """`drawing.draw` in one kernel.
 
@@ -69,7 +69,9 @@ def draw(
     if any(plane is not None and plane.dtype != jnp.float32 for plane in logits):
         raise NotImplementedError("drawing on a TPU: for float32 logits")
     corner = drawing.corners(window)
-    options = dict(opaque_background=opaque_background, unseen=unseen, mask_invalid=mask_invalid)
+    options: dict[str, Any] = dict(
+        opaque_background=opaque_background, unseen=unseen, mask_invalid=mask_invalid
+    )
 
     def plain(logits: ldm.Logits, target: Cameras, context: Views, corner: Any) -> Render:
         part = drawing.window_at(corner, window)
@@ -101,7 +103,7 @@ def _draw(
     opaque_background: bool,
     unseen: str,
     mask_invalid: bool,
-    interpret: object,
+    interpret: Any,
 ) -> Render:
     assert logits.blend is not None  # `draw` has refused
     camera = ldm.crop(target, window)
@@ -118,7 +120,7 @@ def _draw(
     options = _Options(layers, opaque_background, unseen == "edge", mask_invalid)
     plane = lambda *lead: pltpu.VMEM((*lead, *tile), jnp.float32)  # noqa: E731
     gather = lane_gather.scratch_shapes(tile, sources, WINDOW)
-    scratch = _Scratch(*(plane() for _ in range(4)), plane(3), plane(5), gather)
+    scratch = _Scratch(plane(), plane(), plane(), plane(), plane(3), plane(5), gather)
     whole = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_layer = pl.BlockSpec((None, y, x), lambda i, j, l, v: (l, 0, 0))
     canvas = pl.pallas_call(

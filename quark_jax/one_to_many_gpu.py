@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from nvs_common.types import Array
 from quark_jax import one_to_many
@@ -31,7 +30,7 @@ def attend(
     valid: Array,
     scale: float,
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> Array:
     """`one_to_many.attend_unstored` in one kernel.
 
@@ -59,6 +58,9 @@ def _attend(
     query: Array, features: Array, uv: Array, takes_part: Array, *, scale: float, interpret: Any
 ) -> Array:
     """Of one map: query [l, y, x, a, c], features [v, y, x, c], uv [v, l, y, x, 2]."""
+    # Here, for a JAX that has given up Triton must still import the models.
+    from jax.experimental.pallas import triton
+
     views, height, width, channels = features.shape
     heads = query.shape[-2]
     flat = query.reshape(-1, heads, channels)
@@ -90,7 +92,7 @@ def _attend(
             bytes_accessed=4 * (2 * flat.size + looks * (3 + channels)),
             transcendentals=2 * looks * heads,
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="one_to_many",
     )(flat, x, y, part, features.reshape(views, height * width, channels))

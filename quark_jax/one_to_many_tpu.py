@@ -39,7 +39,7 @@ def attend(
     valid: Array,
     scale: float,
     *,
-    interpret: object = False,
+    interpret: Any = False,
 ) -> Array:
     """`one_to_many.attend_unstored` in one kernel.
 
@@ -60,15 +60,13 @@ def attend(
 
 
 def _attend(
-    query: Array, features: Array, uv: Array, takes_part: Array, *, scale: float, interpret: object
+    query: Array, features: Array, uv: Array, takes_part: Array, *, scale: float, interpret: Any
 ) -> Array:
     """Of one map: query [l, y, x, a, c], features [v, y, x, c], uv [v, l, y, x, 2]."""
     layers, y, x, heads, channels = query.shape
-    tile = tuple(
-        min(most, side + -side % unit)
-        for most, side, unit in zip(
-            TILE, (y, x), (lane_gather.ROWS, lane_gather.LANES), strict=True
-        )
+    tile = (
+        min(TILE[0], y + -y % lane_gather.ROWS),
+        min(TILE[1], x + -x % lane_gather.LANES),
     )
     edges = ((0, -y % tile[0]), (0, -x % tile[1]))
     padded = lambda planes: jnp.pad(planes, [(0, 0)] * (planes.ndim - 2) + [*edges])  # noqa: E731

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 from nvs_common import losses, metrics, perceptual
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Aux, Batch, Cameras, Render, Task, Variables, Views
-from quark_jax import crops, ldm, model, supervision
+from quark_jax import crops, kernels, ldm, model, supervision
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-CHOICES = {"dtype": tuple(DTYPES), "output": ("blend", "rgb"), "unseen": ("black", "edge")}
+CHOICES = {
+    "dtype": tuple(DTYPES),
+    "output": ("blend", "rgb"),
+    "unseen": ("black", "edge"),
+    "implementation": kernels.IMPLEMENTATIONS,
+}
 
 
 def make(config: Any) -> Task:

@@ -9,6 +9,7 @@ of depth 6 d: the same numbers in a sixth of the passes, up to d = 21.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ _PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 _ALIGN = 16
 
 
-def search(z: Array, codes: Array, *, interpret: object = False) -> tuple[Array, Array]:
+def search(z: Array, codes: Array, *, interpret: Any = False) -> tuple[Array, Array]:
     """Index [n] and distance [n] of the nearest of codes [k, d] for vectors [n, d].
 
     Args:
