@@ -215,9 +215,7 @@ def test_the_program_evaluates_clips_as_they_are_distributed(
 ):
     first, second, third = clip_writers.KEYS
     entries = {key: entry([0, 3], [1, 2]) for key in (third, first)}
-    index = write_index(
-        tmp_path / "i.json", **entries, **{second: None}, absent=entry([0, 1], [2])
-    )
+    index = write_index(tmp_path / "i.json", **entries, **{second: None}, absent=entry([0, 1], [2]))
     main, out = program("evaluate").main, tmp_path / "out"
     flags = dict(workdir=str(run), data=str(distributed / layout), index=str(index))
     with flagsaver.flagsaver(protocol="re10k", allow_missing=True, out=str(out), **flags):
