@@ -36,7 +36,8 @@ CASES = (Case(4, 2, 6), Case(1, 2, 1), Case(1, 8, 8))
 VIEWS = (2, 8, 16)
 # Pixels of a side: of 64 tokens.
 SIDE = 64
-_SIZES: Any = dict(width=256, head_size=64)
+# Written out, layers take their parameters and leave what the backward pass needs without a copy.
+_SIZES: Any = dict(width=256, head_size=64, unroll=6)
 MODULES = {
     "decoder-only": LVSM(layers=6, **_SIZES),
     "encoder-decoder": LVSMEncoderDecoder(
