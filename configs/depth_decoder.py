@@ -4,6 +4,9 @@
     python launch/train.py --config=configs/depth_decoder.py:tiny --workdir=runs/decoder \\
         --config.init_from=runs/vae
 
+With --config.loss.stage=plain_decoder the second command trains the decoder on the same noisy
+latents without attention between views, to compare with (launch/depth_quality.py does).
+
 `svd` has the sizes of the released autoencoder and what is published of its training: 3,000 steps
 of batches of 8 objects. Learning rates, losses, numbers of views and resolution are not published.
 """
@@ -52,7 +55,8 @@ def _svd() -> Any:
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, context=1),
             data=dict(
-                source="procedural",
+                # Or a folder of renders with depth, in the layouts of nvs_common/data/layouts.py.
+                source="objects",
                 height=256,
                 width=256,
                 # The front view, and the views to decode.
@@ -62,13 +66,11 @@ def _svd() -> Any:
                 hold_out_every=0,
                 num_scenes=23_000,
                 views_per_scene=16,
-                baseline=(0.3, 0.5),
-                rigs=("orbit",),
                 keep_in_memory=False,
                 workers=8,
                 max_bad_scenes=0,
                 with_depth=True,
-                with_mask=False,
+                with_mask=True,
             ),
             eval=dict(source="", num_scenes=16, views=1, photo_size=(256, 256)),
             model=dict(
@@ -112,8 +114,8 @@ def _tiny() -> Any:
     config.update(num_steps=450, batch_size=1, log_every=50, checkpoint_every=225)
     config.optim.update(learning_rate=2e-3, warmup_steps=50)
     config.optim.rates = (("vae/encoder", 0.0), ("vae/quant_conv", 0.0), ("vae/decoder", 0.25))
-    config.data.update(source="objects", height=32, width=32, num_target=4, num_scenes=192)
-    config.data.update(views_per_scene=12, keep_in_memory=True, workers=1, with_mask=True)
+    config.data.update(height=32, width=32, num_target=4, num_scenes=192)
+    config.data.update(views_per_scene=12, keep_in_memory=True, workers=1)
     config.model.vae.update(channels=(32, 32), num_resnets=1, num_mid=2, dtype="float32")
     config.model.update(levels=1, samples=(6,), head_size=32)
     # Up to about the deviation of the small autoencoder's own latents.

@@ -1,11 +1,15 @@
 """Converts published weights.
 
     python launch/convert.py --model=lvsm --input=x.pt --output=DIR
+    python launch/convert.py --model=depth_decoder --input=svd.safetensors --output=DIR
 
-Writes DIR/weights.npz, which launch/render.py and evaluate.py take as --weights=DIR/weights.npz,
-and DIR/weights.md. Reads .pt, .pth and .ckpt (without PyTorch, and without running anything that
-is in them), .safetensors and .npz. Sizes are read off the arrays; resolution, inputs and the
-treatment of poses come from --settings.
+The second reads the autoencoder of Stable Video Diffusion; with --config.init_from=DIR/weights.npz
+the training of the depth-guided decoder starts from it.
+
+Writes DIR/weights.npz, which launch/render.py and evaluate.py take as --weights=DIR/weights.npz
+where it holds a whole model, and DIR/weights.md. Reads .pt, .pth and .ckpt (without PyTorch, and
+without running anything that is in them), .safetensors and .npz. Sizes are read off the arrays;
+resolution, inputs and the treatment of poses come from --settings.
 
 Published weights keep the licence of their authors, also after the conversion: for LVSM's that is
 CC BY-NC-SA 4.0, no commercial use. Whether your use is within it is for you to check.
@@ -25,6 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
+import depth_decoder_jax
 import lvsm_jax
 from launch import cli
 from nvs_common import runs, weights
@@ -67,8 +72,22 @@ def _lvsm(path: str) -> Converted:
     )
 
 
-# Name of a model -> its converter.
-CONVERTERS: dict[str, Callable[[str], Converted]] = {"lvsm": _lvsm}
+def _depth_decoder(path: str) -> Converted:
+    module, variables = depth_decoder_jax.load_svd(path)
+    names = ("channels", "num_resnets", "num_mid", "latent_channels")
+    return Converted(
+        {"params": {"vae": variables["params"]}},
+        {"vae": {name: getattr(module, name) for name in names}},
+        "configs/depth_decoder.py:svd",
+        "Stable Video Diffusion's published weights have a licence of their own (LICENSE-SVD)",
+    )
+
+
+# Name of a system -> the converter of its published weights.
+CONVERTERS: dict[str, Callable[[str], Converted]] = {
+    "depth_decoder": _depth_decoder,
+    "lvsm": _lvsm,
+}
 
 _MODEL = flags.DEFINE_enum("model", None, sorted(CONVERTERS), "Whose weights.", required=True)
 _INPUT = flags.DEFINE_string(
@@ -101,7 +120,8 @@ def main(_) -> int:
     card = out.with_suffix(".md")
     runs.write_text(card, _card(source.name, digest, converted))
     count = weights.num_values(converted.variables)
-    print(f"{out}: {config.model.architecture}, {count:,} parameters")
+    kind = converted.model.get("architecture", config.system)
+    print(f"{out}: {kind}, {count:,} parameters")
     print(f"Licence: {converted.licence}; that your use is within it is for you to check.")
     return 0
 
@@ -119,9 +139,12 @@ def _config(value: str, converted: Converted) -> Any:
         if name not in config.model:
             raise InputError(
                 f"--settings={value}: its model has no field {name!r}, so it is of another "
-                f"architecture than {_INPUT.value}, {converted.model['architecture']}."
+                f"architecture than {_INPUT.value}, {converted.model.get('architecture', '')}."
             )
-        config.model[name] = field
+        if isinstance(field, dict):
+            config.model[name].update(field)
+        else:
+            config.model[name] = field
     return config
 
 

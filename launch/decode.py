@@ -210,11 +210,14 @@ def measure(
         measured[f"{name}_ssim"] = float(jnp.mean(metrics.ssim(images, truth)))
         if depth is not None:
             agreement = consistency.cross_view(images, depth, chosen.given.cameras)
-            measured[f"{name}_agreement"] = float(agreement.decibels)
+            # Views from opposite sides have nothing in common.
+            if agreement.share > 0:
+                measured[f"{name}_agreement"] = float(agreement.decibels)
     if depth is not None:
         known = np.asarray(found.mask[0]) & (depth > 0)
         error = np.abs(np.asarray(found.depth[0]) - depth)[known]
-        measured["depth_error"] = float(np.mean(error)) if known.any() else float("nan")
+        if known.any():
+            measured["depth_error"] = float(np.mean(error))
     if surfaces and isinstance(chosen.scene, objects.ObjectScene):
         truth_points = chosen.scene.surface(_POINTS, np.random.default_rng(0))
         for name, surface in (("surface", surfaces[-1]),):

@@ -139,7 +139,7 @@ def study(
                     scores(images, orbit, lpips)
                     for images, orbit in zip(pairs, orbits, strict=True)
                 ]
-                means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+                means = {name: _mean(name, [row[name] for row in rows]) for name in rows[0]}
                 cases.append(Case(model.path.name, kind, noise, means, np.asarray(pairs[shown])))
                 print(f"{model.path.name}, {kind}, {noise}: {means}", file=sys.stderr)
     return cases
@@ -207,7 +207,7 @@ def table(config: Any, orbits: Sequence[Orbit], cases: Sequence[Case]) -> list[s
     shape = orbits[0].batch.target.images.shape
     rows = [_scores(o.batch.target.images[0], o.batch, o.mask)["agreement"] for o in orbits]
     names = list(cases[0].scores)
-    floor = f"{np.mean(rows):.2f}"
+    floor = f"{_mean('agreement', rows):.2f}"
     lines = [("true views", "", "", *(floor if n == "agreement" else "" for n in names))]
     for case in cases:
         values = (
@@ -234,6 +234,14 @@ def picture(orbit: Orbit, cases: Sequence[Case], noise: float) -> Image.Image:
     whole = np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)
     size = (whole.shape[1] * SCALE, whole.shape[0] * SCALE)
     return Image.fromarray(whole).resize(size, Image.Resampling.NEAREST)
+
+
+def _mean(name: str, values: Sequence[Any]) -> float:
+    """Over orbits; views of some of them may have nothing in common that could agree."""
+    numbers = np.asarray(values, np.float64)
+    if name == "agreement":
+        numbers = numbers[np.isfinite(numbers)]
+    return float(np.mean(numbers)) if len(numbers) else float("nan")
 
 
 def _deviation(text: str) -> float:

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 
 from configs import depth_decoder as depth_config
-from depth_decoder_jax import task
-from launch import decode, depth_quality, sdf_fit, trained
-from nvs_common import sharding
+from depth_decoder_jax import SVDVAE, task, to_torch
+from launch import sdf_fit, trained
+from nvs_common import checkpoint, sharding, weights
 from nvs_common.data import objects
 from nvs_common.errors import InputError
 
@@ -43,13 +44,18 @@ def model(stage="decoder"):
     return trained.Trained(config, made, variables, 3, pathlib.Path(stage), {})
 
 
-@functools.cache
-def orbits():
-    return depth_quality.held_out(model().config, 1)
+@pytest.fixture
+def depth_quality(program):
+    return program("depth_quality")
 
 
-def test_kinds_of_depth_are_what_they_say():
-    orbit = orbits()[0]
+@pytest.fixture
+def decode(program):
+    return program("decode")
+
+
+def test_kinds_of_depth_are_what_they_say(depth_quality):
+    orbit = depth_quality.held_out(model().config, 1)[0]
     true, mask = depth_quality.given(depth_quality.TRUE, orbit, 0.1)
     noisy, _ = depth_quality.given(depth_quality.NOISY, orbit, 0.1)
     wrong, _ = depth_quality.given(depth_quality.WRONG, orbit, 0.1)
@@ -61,9 +67,9 @@ def test_kinds_of_depth_are_what_they_say():
     np.testing.assert_array_equal(np.asarray(noisy)[~inside], np.asarray(true)[~inside])
 
 
-def test_decoders_are_compared_on_the_same_noisy_latents(tmp_path):
-    runs = [model(), model("plain_decoder")]
-    cases = depth_quality.study(runs, orbits(), [0.0, 0.3])
+def test_decoders_are_compared_on_the_same_noisy_latents(depth_quality):
+    runs, orbits = [model(), model("plain_decoder")], depth_quality.held_out(model().config, 1)
+    cases = depth_quality.study(runs, orbits, [0.0, 0.3])
     by_name = {(case.model, case.depth, case.noise): case for case in cases}
     assert len(by_name) == len(cases) == 2 * (len(depth_quality.KINDS) + 1)
     # Without foreground nothing is added: the same parameters decode alike.
@@ -74,25 +80,25 @@ def test_decoders_are_compared_on_the_same_noisy_latents(tmp_path):
         )
         changed = by_name["decoder", depth_quality.TRUE, noise].images - plain.images
         assert np.abs(changed).max() > 1e-3
-    lines = depth_quality.table(runs[0].config, orbits(), cases)
+    lines = depth_quality.table(runs[0].config, orbits, cases)
     assert len(lines) == 2 + 2 + 1 + len(cases) and "agreement" in lines[2]
-    picture = depth_quality.picture(orbits()[0], cases, 0.3)
+    picture = depth_quality.picture(orbits[0], cases, 0.3)
     # The truth, and two decoders with their errors; two views.
     assert picture.size == (2 * SIZE * depth_quality.SCALE, 5 * SIZE * depth_quality.SCALE)
-    scores = depth_quality.scores(orbits()[0].batch.target.images, orbits()[0], None)
+    scores = depth_quality.scores(orbits[0].batch.target.images, orbits[0], None)
     assert scores["psnr"] == scores["object_psnr"] == 100 and scores["l1"] == 0
 
 
-def test_autoencoders_and_other_systems_are_refused():
+def test_autoencoders_and_other_systems_are_refused(depth_quality):
     run = model()
     config = run.config.copy_and_resolve_references()
     config.loss.stage = "autoencoder"
     with pytest.raises(InputError, match="second stage"):
-        depth_quality.study([run._replace(config=config)], orbits(), [0.0])
+        depth_quality.study([run._replace(config=config)], [], [0.0])
 
 
 @pytest.fixture
-def flags(monkeypatch):
+def flags(decode, monkeypatch):
     """The program's flags, as they would be parsed."""
     given = dict(LATENTS=None, NOISE=0.0, STEPS=2, SCENE="objects:3", ROUNDS=1)
 
@@ -104,7 +110,7 @@ def flags(monkeypatch):
     return change
 
 
-def decoded(chosen, source, surfaces):
+def decoded(decode, chosen, source):
     run = model()
     module = task.make_module(run.config.model)
     latents = decode.find_latents(module, run.variables, chosen)
@@ -112,11 +118,11 @@ def decoded(chosen, source, surfaces):
     return decode.two_pass.decode_with_depth(module, run.variables, latents, cams, None, source)
 
 
-def test_two_passes_leave_pictures_depth_and_figures(flags, tmp_path):
+def test_two_passes_leave_pictures_depth_and_figures(decode, flags, tmp_path):
     chosen = decode.choose(model().config, "objects:3", 0, None)
     np.testing.assert_array_equal(chosen.views, [1, 3])
     source = decode.depth_source("truth", chosen, [])
-    found = decoded(chosen, source, [])
+    found = decoded(decode, chosen, source)
     measured = decode.measure(found, chosen, [])
     decode.write(tmp_path, found, chosen, measured, [])
     assert measured["depth_error"] == 0 and measured["last_psnr"] != measured["first_psnr"]
@@ -130,7 +136,7 @@ def test_two_passes_leave_pictures_depth_and_figures(flags, tmp_path):
     np.testing.assert_array_equal(again.mask, np.asarray(found.mask))
 
 
-def test_latents_of_a_diffusion_model_lose_their_scale(flags, tmp_path):
+def test_latents_of_a_diffusion_model_lose_their_scale(decode, flags, tmp_path):
     chosen = decode.choose(model().config, "objects:3", 0, ["2"])
     module = task.make_module(model().config.model)
     file = tmp_path / "z.npy"
@@ -153,12 +159,12 @@ def test_latents_of_a_diffusion_model_lose_their_scale(flags, tmp_path):
         ("missing", 0, None, "no such file or folder"),
     ],
 )
-def test_wrong_choices_are_named(scene, front, views, message):
+def test_wrong_choices_are_named(decode, scene, front, views, message):
     with pytest.raises(InputError, match=message):
         decode.choose(model().config, scene, front, views)
 
 
-def test_files_without_depth_are_named(flags, tmp_path):
+def test_files_without_depth_are_named(decode, flags, tmp_path):
     chosen = decode.choose(model().config, "objects:3", 0, None)
     np.savez(tmp_path / "d.npz", z=np.ones(3))
     with pytest.raises(InputError, match="expected an array `depth`"):
@@ -196,3 +202,22 @@ def test_a_fit_finds_the_object():
     assert both.sum() > 0.85 * (maps.mask | (true > 0)).sum()
     assert np.median(np.abs(maps.depth - true)[both]) < 0.05
     assert surface.errors[-20:].mean() < 0.5 * surface.errors[:20].mean()
+
+
+def test_published_weights_become_a_start_of_training(program, tmp_path):
+    module = SVDVAE(channels=(32, 32), num_resnets=1, num_mid=1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 4, 4, 3)))
+    variables = jax.tree.map(lambda x: np.full(x.shape, 0.25, x.dtype), shapes)
+    np.savez(tmp_path / "svd.npz", **to_torch(variables))
+    main = program("convert").main
+    values = dict(model="depth_decoder", input=str(tmp_path / "svd.npz"))
+    with flagsaver.flagsaver(output=str(tmp_path / "out"), **values):
+        assert main([]) == 0
+    file = tmp_path / "out" / "weights.npz"
+    config = weights.read(file).config
+    assert tuple(config.model.vae.channels) == (32, 32) and config.model.vae.num_mid == 1
+    # The decoder has parts that the autoencoder lacks, and no other.
+    made = trained.abstract_variables(model().task, 1, SIZE, SIZE)["params"]
+    found = checkpoint.initial_params(file, made, config.init_new)
+    assert set(found) == {"vae"} and set(made) - set(found) == {"cross_0"}
+    np.testing.assert_array_equal(found["vae"]["quant_conv"]["bias"], np.full(8, 0.25))
