@@ -40,13 +40,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 # launch/ and configs/ belong to the checkout and are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -59,7 +57,6 @@ from launch import (
     ablation,
     absent_devices,
     allocation,
-    arithmetic,
     attention_costs,
     cli,
     depth_costs,
@@ -68,13 +65,13 @@ from launch import (
     lvsm_speed,
     measuring,
     path_flicker,
-    tasks,
+    quark_costs,
     trained,
     vqnerf_costs,
     vqnerf_variants,
 )
-from nvs_common import errors, runs, train
-from nvs_common.data import pipeline, sources
+from nvs_common import errors, runs
+from nvs_common.data import sources
 from quark_jax import task as quark_task
 from vqnerf_jax import task as vqnerf_task
 
@@ -138,12 +135,12 @@ def quark() -> Iterator[str]:
         return
     config: Any = _CONFIG.value or cli.load_config("configs/quark.py:tiny")
     for views in _view_counts(config):
-        measured = forward(config, views)
+        measured = quark_costs.forward(config, views, _size(config), _REPEATS.value)
         rows = [(stage.name, f"{1e3 * stage.seconds:.1f}") for stage in measured.stages]
         rows.append(("whole forward pass", f"{1e3 * measured.seconds:.1f}"))
         yield from [measured.title, "", *measuring.table(("stage", "ms"), rows), ""]
     if _STEPS.value != 0:
-        yield from training(config)
+        yield from quark_costs.training(config, 60 if _STEPS.value is None else _STEPS.value)
 
 
 def quark_ablation() -> list[str]:
@@ -241,128 +238,28 @@ def attention() -> Iterator[str]:
 def quark_sizes() -> Iterator[str]:
     """Forward passes of one size for several numbers of views, types and forms of attention."""
     config: Any = cli.load_config(f"configs/quark.py:{_MODEL.value}")
+    repeats = _REPEATS.value
     if _STREAM.value is not None:
         config.model.stream = _STREAM.value
     for dtype in _DTYPES.value or [config.model.dtype]:
-        product, convolution = (1e-9 * rate for rate in ceilings(quark_task.DTYPES[dtype]))
+        product, convolution = (
+            1e-9 * rate for rate in quark_costs.ceilings(quark_task.DTYPES[dtype], repeats)
+        )
         line = f"{dtype}: matrix product {product:.1f} GMAC/s, 3x3 convolution of 32 channels"
         yield f"{line} {convolution:.1f} GMAC/s"
         for form, views in itertools.product(_ATTENTION.value, _view_counts(config)):
             if form not in ("folded", "unfolded"):
                 raise errors.InputError(f"--attention={form}: expected folded or unfolded")
             config.model.update(dtype=dtype, folded_attention=form == "folded")
-            measured = forward(config, views)
+            measured = quark_costs.forward(config, views, _size(config), repeats)
             whole = sum(stage.products for stage in measured.stages)
-            stages = [*measured.stages, Stage("whole forward pass", measured.seconds, whole)]
+            stages = [
+                *measured.stages,
+                quark_costs.Stage("whole forward pass", measured.seconds, whole),
+            ]
             rows = [stage.row(convolution) for stage in stages]
             head = ("stage", "ms", "GMAC", "GMAC/s", "of the convolution's")
             yield from ["", f"{measured.title}, {form}", "", *measuring.table(head, rows), ""]
-
-
-class Stage(NamedTuple):
-    """One stage: its time and its multiply-adds in products and convolutions."""
-
-    name: str
-    seconds: float
-    products: float
-
-    def row(self, ceiling: float) -> tuple[str, ...]:
-        """A row of a table; `ceiling` is in GMAC/s."""
-        rate = 1e-9 * self.products / max(self.seconds, 1e-9)
-        time_, count = f"{1e3 * self.seconds:.1f}", f"{1e-9 * self.products:.2f}"
-        return self.name, time_, count, f"{rate:.1f}", f"{100 * rate / ceiling:.0f} %"
-
-
-class Forward(NamedTuple):
-    """A measured forward pass."""
-
-    title: str
-    stages: list[Stage]
-    seconds: float
-
-
-def forward(config, views: int) -> Forward:
-    """Measures the stages of a forward pass of one scene and one target."""
-    height, width = _size(config)
-    module = quark_task.make_module(config.model)
-    batch = measuring.random_batch(1, views, 1, height, width)
-    targets = batch.target.cameras
-    variables = jax.jit(module.init)(jax.random.key(0), batch.context, targets)
-
-    def until(stage: int) -> Callable:
-        """The forward pass up to a stage: what later stages would add is never computed."""
-
-        def run(variables, context):
-            if stage < 0:
-                return module.apply(variables, context, method="encode")
-            output: Any = module.apply(variables, context, targets, method="render_stages")
-            rendered, stages = output
-            # A stage is judged by its density; the last by all logits, then by the picture.
-            return stages[stage] if stage < len(stages) else rendered
-
-        return run
-
-    names = ["encode inputs", "initialise"]
-    names += [f"update & fuse {i}" for i in range(len(module.stages) - 1)]
-    names += ["upsample, activate, render"]
-    stages, seconds, products = [], 0.0, 0.0
-    compiled = None
-    for index, name in enumerate(names, start=-1):
-        function = until(index)
-        compiled = jax.jit(function).lower(variables, batch.context).compile()
-        total = _median(compiled, variables, batch.context)
-        count = arithmetic.multiply_adds(function, variables, batch.context)
-        stages.append(Stage(name, total - seconds, count - products))
-        seconds, products = total, count
-    title = f"`{config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
-    title += f": peak {measuring.peak(compiled):.0f} MiB"
-    return Forward(title, stages, seconds)
-
-
-def ceilings(dtype: Any) -> tuple[float, float]:
-    """Multiply-adds a second of a large matrix product and of the network's convolution."""
-    square = jnp.ones((2048, 2048), dtype)
-    image, kernel = jnp.ones((6, 288, 512, 32), dtype), jnp.ones((3, 3, 32, 32), dtype)
-    product = jax.jit(jnp.matmul).lower(square, square).compile()
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    convolution = jax.jit(convolve).lower(image, kernel).compile()
-    return (
-        2048**3 / _median(product, square, square),
-        image.size * 9 * 32 / _median(convolution, image, kernel),
-    )
-
-
-def training(config) -> list[str]:
-    """Rate of the real training loop, with the real data pipeline."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        half = max(1, (60 if _STEPS.value is None else _STEPS.value) // 2)
-        # The first half fills buffers and caches; only the second is reported.
-        config.update(num_steps=2 * half, log_every=half, eval_every=0)
-        config.optim.update(schedule="constant", warmup_steps=0)
-    task = tasks.TASKS[config.system](config)
-    with tempfile.TemporaryDirectory() as folder:
-        train.fit(task, pipeline.training_batches(config), config, folder)
-        lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
-    last = [line for line in map(json.loads, lines) if line["kind"] == "train"][-1]
-    images = config.data.num_context + config.data.num_target
-    examples = last["examples_per_second"]
-    rows = [
-        ("steps / s", f"{last['steps_per_second']:.2f}"),
-        ("scenes / s", f"{examples:.2f}"),
-        ("images / s (inputs and targets)", f"{examples * images:.1f}"),
-        ("share of time waiting for data", f"{100 * last['data_wait_fraction']:.1f} %"),
-    ]
-    return measuring.table((f"training, batch {config.batch_size}", ""), rows)
-
-
-def _median(compiled: Callable, *args: Any) -> float:
-    return measuring.median_seconds(compiled, *args, repeats=_REPEATS.value)
 
 
 BENCHMARKS = {
