@@ -18,7 +18,6 @@ PSNR on RealEstate10K as published: 29.67 (decoder-only, 256), 28.58 (encoder-de
 27.66 (6 layers, one GPU), 28.56 (12 layers, two GPUs).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
