@@ -18,16 +18,17 @@ PSNR on RealEstate10K as published: 29.67 (decoder-only, 256), 28.58 (encoder-de
 27.66 (6 layers, one GPU), 28.56 (12 layers, two GPUs).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from nvs_common.errors import InputError
-
 
 def get_config(arg: str = "scene_decoder_only_256") -> Any:
-    """Builds a configuration from a setting and, after commas, variants."""
+    """Builds a configuration from a setting and, after commas, variants.
+
+    Raises:
+      ValueError: a variant that is not of this setting.
+    """
     setting, *variants = arg.split(",")
     config = SETTINGS[setting]()
     for name in variants:
@@ -175,9 +176,9 @@ def _at_512(config: Any, num_steps: int, learning_rate: float) -> Any:
 
 
 def _decoder_only(config: Any, variant: str) -> None:
-    """Raises InputError where a variant does not fit the architecture of the setting."""
+    """Raises ValueError where a variant does not fit the architecture of the setting."""
     if config.model.architecture != "decoder_only":
-        raise InputError(
+        raise ValueError(
             f"variant {variant!r} changes decoder-only settings, and this one's architecture is "
             f"{config.model.architecture!r}; choose tiny or a setting named decoder_only."
         )
@@ -195,14 +196,11 @@ def _two_gpus(config: Any) -> None:
     config.update(batch_size=64, accumulate=4)
 
 
-def _relative(kind: str) -> Callable[[Any], None]:
-    def change(config: Any) -> None:
-        # SVSM's tokens, too, all belong to cameras.
-        if config.model.architecture != "cross_attention":
-            _decoder_only(config, kind)
-        config.model.relative = kind
-
-    return change
+def _relative(config: Any, kind: str) -> None:
+    # SVSM's tokens, too, all belong to cameras.
+    if config.model.architecture != "cross_attention":
+        _decoder_only(config, kind)
+    config.model.relative = kind
 
 
 def _prefix(config: Any) -> None:
@@ -265,7 +263,7 @@ def _tiny_encoder_decoder() -> Any:
 def _overfit(config: Any) -> None:
     """Four views of one scene: what the network can hold, shown on what it was trained with."""
     if config.data.source != "procedural":
-        raise InputError("variant 'overfit' is of the tiny settings: it makes its own scene.")
+        raise ValueError("variant 'overfit' is of the tiny settings: it makes its own scene.")
     config.update(num_steps=1_500, batch_size=4, eval_every=0)
     config.optim.weight_decay = 0.0
     config.data.update(num_scenes=1, views_per_scene=4, workers=0)
@@ -286,8 +284,8 @@ SETTINGS = {
 VARIANTS = {
     "one_gpu": _one_gpu,
     "two_gpus": _two_gpus,
-    "prope": _relative("prope"),
-    "gta": _relative("gta"),
+    "prope": lambda config: _relative(config, "prope"),
+    "gta": lambda config: _relative(config, "gta"),
     "prefix": _prefix,
     "cross_attention": _cross_attention,
     "mixed": _mixed,

@@ -161,6 +161,8 @@ def load_config(value: str) -> ml_collections.ConfigDict:
                 f"--config={value}: {path} has no variant {e.args[0]!r}; its docstring lists them."
             ) from e
         raise
+    except ValueError as e:  # variants that do not go together
+        raise errors.InputError(f"--config={value}: {e}") from e
 
 
 def field_names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:

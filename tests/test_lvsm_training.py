@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from configs import lvsm as lvsm_config
-from launch import trained
+from launch import cli, trained
 from lvsm_jax import task
 from nvs_common import evaluate, optim, sharding, train, training_step, vgg19
 from nvs_common.data import pipeline, sources
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Views
-from tests import random_vgg
+from tests import conftest, random_vgg
 
 KINDS = ("tiny", "tiny_encoder_decoder")
 
@@ -216,8 +216,9 @@ def test_later_variants_make_a_model(variant):
     ],
 )
 def test_variants_name_the_settings_they_are_of(arg):
-    with pytest.raises(InputError, match=arg.rpartition(",")[2]):
-        lvsm_config.get_config(arg)
+    path = conftest.ROOT / "configs" / "lvsm.py"
+    with pytest.raises(InputError, match=f"--config=.*{arg}: variant '{arg.rpartition(',')[2]}'"):
+        cli.load_config(f"{path}:{arg}")
 
 
 def test_small_recipes_have_their_layers():

@@ -126,8 +126,8 @@ class Sampler:
             )
         else:
             drawn = views.random(len(allowed), rng, name=name, **counts)
-        parts = (drawn.context, drawn.target, drawn.drawn)
-        return views.Choice(*(None if part is None else allowed[part] for part in parts))
+        both = None if drawn.drawn is None else allowed[drawn.drawn]
+        return views.Choice(allowed[drawn.context], allowed[drawn.target], both)
 
     @property
     def fewest_views(self) -> int:
