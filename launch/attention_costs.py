@@ -9,6 +9,7 @@ again.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -126,22 +127,22 @@ def _splash(q: Array, k: Array, v: Array) -> Array:
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv")
     names += ("block_kv_dkv_compute",)
     sizes = splash.BlockSizes(**dict.fromkeys(names, min(512, n)), use_fused_bwd_kernel=True)
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    kernel: Any = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     q, k, v = _heads_first(q * HEAD_SIZE**-0.5, k, v)
-    return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+    out: Any = jax.vmap(kernel)(q, k, v)
+    return jnp.swapaxes(out, 1, 2)
 
 
 def _tokamax(q: Array, k: Array, v: Array) -> Array:
-    import tokamax
-
+    tokamax: Any = importlib.import_module("tokamax")
     return tokamax.dot_product_attention(q, k, v, scale=HEAD_SIZE**-0.5)
 
 
 def _passes(attend: Attend) -> list[tuple[str, Callable, float]]:
     """Name, function of arrays, and products for each pair of a query's and a key's feature."""
 
-    def forward(q: Array, k: Array, v: Array, *scales: Array) -> Array:
-        return attend.call(q, k, v, attention.QKNorm(*scales, EPSILON))
+    def forward(q: Array, k: Array, v: Array, q_scale: Array, k_scale: Array) -> Array:
+        return attend.call(q, k, v, attention.QKNorm(q_scale, k_scale, EPSILON))
 
     def loss(*inputs: Array) -> Array:
         return jnp.sum(forward(*inputs).astype(jnp.float32))

@@ -170,12 +170,12 @@ def _attend(
     chex.assert_equal_shape_prefix([q, k], 1)
     if packed is not None:
         packing.check(packed, q.shape[1], k.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if implementation is not None:
-        return _by_name(implementation, q, k, v, scale, norm, packed, need_log_sum)
+        return _by_name(implementation, q, k, v, factor, norm, packed, need_log_sum)
     for name in choice.order():
         try:
-            return _by_name(name, q, k, v, scale, norm, packed, need_log_sum)
+            return _by_name(name, q, k, v, factor, norm, packed, need_log_sum)
         except NotImplementedError:
             continue
     raise NotImplementedError(f"no implementation of attention for {q.shape}, {k.shape}")

@@ -88,12 +88,12 @@ def context_parallel(
             f"attention over {size} devices of mesh axis {AXIS!r}: {q.shape[1]} queries and "
             f"{k.shape[1]} keys must be multiples of {size}; pad the tokens or change config.mesh."
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     spec = _spec(q.shape, mesh)
     if exchange is None:
         exchange = choose(_local(q, spec, mesh), _local(k, spec, mesh), size, _kind(mesh))
     if exchange == "gather":
-        one = functools.partial(_gather, scale=scale, implementation=implementation)
+        one = functools.partial(_gather, scale=factor, implementation=implementation)
     elif exchange == "ring":
         name = implementation or "xla"
         if name not in _GRADIENTS:
@@ -101,7 +101,7 @@ def context_parallel(
                 f"attention implementation {name!r} is not one of those the ring has, "
                 f"{sorted(_GRADIENTS)}; use exchange='gather'."
             )
-        one = lambda q, k, v: _ring(q, k, v, scale, size, name)[0]  # noqa: E731
+        one = lambda q, k, v: _ring(q, k, v, factor, size, name)[0]  # noqa: E731
     else:
         raise InputError(f"exchange {exchange!r} is unknown; choose 'ring', 'gather' or None.")
     split = jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)

@@ -133,9 +133,8 @@ def _values(
     n, m = q.shape[1], k.shape[1]
     tiles, sizes = _tiles(n, m, FORWARD_BLOCKS, static.packed, m - n)
     setting = kernels.Setting(tiles, static.scale, static.epsilon, static.interpret)
-    features_first = [_features_first(x, size) for x, size in zip((q, k, v), sizes, strict=True)]
-    scales = (q_scale[:, None], k_scale[:, None])
-    out, log_sum = kernels.forward(setting, *features_first, scales)
+    q, k, v = (_features_first(x, size) for x, size in zip((q, k, v), sizes, strict=True))
+    out, log_sum = kernels.forward(setting, q, k, v, (q_scale[:, None], k_scale[:, None]))
     return _tokens_first(out, n), jnp.swapaxes(log_sum[:, :, 0, :n], 1, 2)
 
 
@@ -171,11 +170,12 @@ def _kernel_gradients(static: _Static, saved: _Saved, scales, cotangents):
         cut = slice(begin, min(begin + most, n))
         tiles, sizes = _tiles(cut.stop - begin, m, BACKWARD_BLOCKS, static.packed, m - n + begin)
         setting = kernels.Setting(tiles, static.scale, static.epsilon, static.interpret)
-        rows = tuple(_row(x[:, cut], sizes[0]) for x in (log_sum, common))
+        rows = (_row(log_sum[:, cut], sizes[0]), _row(common[:, cut], sizes[0]))
         part = kernels.backward(
             setting,
             _features_first(q[:, cut], sizes[0]),
-            *(_features_first(x, sizes[1]) for x in (k, v)),
+            _features_first(k, sizes[1]),
+            _features_first(v, sizes[1]),
             (scales[0][:, None], scales[1][:, None]),
             _features_first(d_out[:, cut].astype(v.dtype), sizes[0]),
             rows,
