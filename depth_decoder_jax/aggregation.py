@@ -9,8 +9,8 @@ There is no kernel that gathers for itself, as Quark has; this is arithmetic, no
 vector unit of a TPU would fetch 128 lanes at a time, twice for every row that 8 x 128 samples touch
 and for every channel: with keys and values of 512 channels and ten rows 20,480 fetches, a cycle
 each at best. The same samples are 4,096 rows of 4 KiB, whole tiles of memory, which a v5e reads in
-31,000 cycles while its vector unit is free. Saved would be one view's samples on their way to memory
-and back; the loop already holds no more than these.
+31,000 cycles while its vector unit is free. Saved would be one view's samples on their way to
+memory and back; the loop already holds no more than these.
 
 Shapes: q, k, v [b, v, y, x, a, f]; s samples of a ray; e numbers that describe a sample in a view.
 """
