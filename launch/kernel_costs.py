@@ -240,7 +240,7 @@ def _rig(views: int, height: int, width: int) -> tuple[Cameras, Cameras]:
     angles = np.linspace(0, 2 * np.pi, views, endpoint=False)
     pose = np.tile(np.eye(4, dtype=np.float32), (views + 1, 1, 1))
     pose[1:, 0, 3], pose[1:, 1, 3] = 0.1 * np.cos(angles), 0.06 * np.sin(angles)
-    intrinsics = np.float32([0.8 * width, 0.8 * width, width / 2, height / 2])
+    intrinsics = np.array([0.8 * width, 0.8 * width, width / 2, height / 2], np.float32)
     near = np.ones(views + 1, np.float32)
     every: Any = Cameras(pose, np.tile(intrinsics, (views + 1, 1)), near, 50 * near, height, width)
     every = jax.tree.map(jnp.asarray, every)

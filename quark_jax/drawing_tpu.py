@@ -113,29 +113,16 @@ def _draw(
         min(TILE[1], _up(width, lane_gather.LANES)),
     )
     rows, columns = _up(height, tile[0]), _up(width, tile[1])
-    to_rows, to_columns = _resampling((y, x), target, window)
-    to_rows = jnp.pad(to_rows, ((0, rows - height), (0, 0)))
-    to_columns = jnp.pad(to_columns, ((0, 0), (0, columns - width)))
+    resampling = _resampling((y, x), target, window, (rows, columns))
     sources = lane_gather.views(jnp.asarray(context.images, jnp.float32))
     options = _Options(layers, opaque_background, unseen == "edge", mask_invalid)
     plane = lambda *lead: pltpu.VMEM((*lead, *tile), jnp.float32)  # noqa: E731
     gather = lane_gather.scratch_shapes(tile, sources, WINDOW)
     scratch = _Scratch(plane(), plane(), plane(), plane(), plane(3), plane(5), gather)
-    whole = pl.BlockSpec(memory_space=pltpu.SMEM)
-    of_layer = pl.BlockSpec((None, y, x), lambda i, j, l, v: (l, 0, 0))
     canvas = pl.pallas_call(
         functools.partial(_kernel, options, sources, tile),
         grid=(rows // tile[0], columns // tile[1], layers, len(sources.planes)),
-        in_specs=[
-            whole,
-            whole,
-            pl.BlockSpec((tile[0], y), lambda i, j, l, v: (i, 0)),
-            pl.BlockSpec((x, tile[1]), lambda i, j, l, v: (0, j)),
-            of_layer,
-            of_layer,
-            pl.BlockSpec((None, None, y, x), lambda i, j, l, v: (v, l, 0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
+        in_specs=_specs((y, x), tile),
         out_specs=pl.BlockSpec((5, *tile), lambda i, j, l, v: (0, i, j)),
         out_shape=jax.ShapeDtypeStruct((5, rows, columns), jnp.float32),
         scratch_shapes=[scratch],
@@ -149,8 +136,7 @@ def _draw(
     )(
         _target_numbers(camera),
         _view_numbers(camera, context.cameras),
-        to_rows,
-        to_columns,
+        *resampling,
         logits.depth,
         logits.density,
         logits.blend,
@@ -159,17 +145,39 @@ def _draw(
     return Render(images=jnp.moveaxis(canvas[:3], 0, -1), depth=canvas[3], alpha=1 - canvas[4])
 
 
+def _specs(grid: tuple[int, int], tile: tuple[int, int]) -> list[pl.BlockSpec]:
+    """Blocks of the kernel's arguments for a tile (i, j), layer and view."""
+    y, x = grid
+    whole = pl.BlockSpec(memory_space=pltpu.SMEM)
+    of_layer = pl.BlockSpec((None, y, x), lambda i, j, l, v: (l, 0, 0))
+    return [
+        whole,
+        whole,
+        pl.BlockSpec((tile[0], y), lambda i, j, l, v: (i, 0)),
+        pl.BlockSpec((x, tile[1]), lambda i, j, l, v: (0, j)),
+        of_layer,
+        of_layer,
+        pl.BlockSpec((None, None, y, x), lambda i, j, l, v: (v, l, 0, 0)),
+        pl.BlockSpec(memory_space=pl.ANY),
+    ]
+
+
 def _resampling(
-    size: tuple[int, int], target: Cameras, window: ldm.Window | None
+    grid: tuple[int, int], target: Cameras, window: ldm.Window | None, size: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Matrices [h, y] and [x, w]: `ldm.resize` of a plane is rows @ plane @ columns."""
-    y, x = size
+    """Matrices [h, y] and [x, w]: `ldm.resize` of a plane is rows @ plane @ columns.
+
+    Rows and columns beyond the picture, up to `size`, are zero.
+    """
+    y, x = grid
     top, left, height, width = window or (0, 0, target.height, target.width)
     rows = ldm.Window(top, 0, height, y)
     columns = ldm.Window(0, left, x, width)
+    to_rows = ldm.resize_plane(jnp.eye(y), target.height, y, window=rows)
+    to_columns = ldm.resize_plane(jnp.eye(x), x, target.width, window=columns)
     return (
-        ldm.resize_plane(jnp.eye(y), target.height, y, window=rows),
-        ldm.resize_plane(jnp.eye(x), x, target.width, window=columns),
+        jnp.pad(to_rows, ((0, size[0] - height), (0, 0))),
+        jnp.pad(to_columns, ((0, 0), (0, size[1] - width))),
     )
 
 
