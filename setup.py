@@ -36,7 +36,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "mesh": ["scikit-image", "trimesh"],
+        "mesh": ["scikit-image", "scipy", "trimesh"],
         "viewer": ["viser>=1.0"],
         "torch": ["torch"],
         "test": [
@@ -44,6 +44,7 @@ setup(
             "pytest-xdist",
             "equinox",
             "scikit-image",
+            "trimesh",
             "build",
             "setuptools>=69",
             "wheel",
