@@ -38,7 +38,7 @@ setup(
         "tpu": ["jax[tpu]"],
         # The compilers of TPUs and NVIDIA GPUs, for machines without (launch/absent_devices.py).
         "aot": ["jax[tpu]", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"],
-        "mesh": ["scikit-image", "trimesh"],
+        "mesh": ["scikit-image", "scipy", "trimesh"],
         "viewer": ["viser>=1.0"],
         "torch": ["torch"],
         "test": [
@@ -46,6 +46,7 @@ setup(
             "pytest-xdist",
             "equinox",
             "scikit-image",
+            "trimesh",
             "build",
             "setuptools>=69",
             "wheel",
