@@ -104,7 +104,8 @@ def _export(module: Any, variables: Any) -> None:
     path = pathlib.Path(_EXPORT.value)
     temporary = path.with_name(path.name + ".tmp.npz")
     try:
-        np.savez(temporary, **vqgan_weights.vqgan_to_torch(module, held))
+        arrays: dict[str, Any] = dict(vqgan_weights.vqgan_to_torch(module, held))
+        np.savez(temporary, **arrays)
         temporary.replace(path)
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e

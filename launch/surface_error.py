@@ -36,14 +36,15 @@ _POINTS = flags.DEFINE_integer("points", 100_000, "Points on each surface.", low
 def main(_) -> int:
     """Compares; returns the exit code."""
     given = [_OBJECT.value is not None, bool(_TRUTH.value), bool(_DTU.value)]
-    if sum(given) != 1 or (_DTU.value and _SCAN.value is None):
+    scan = _SCAN.value
+    if sum(given) != 1 or bool(_DTU.value) != (scan is not None):
         raise InputError("pass one of --object=N, --truth=FILE, --dtu=FOLDER with --scan=N.")
     found = mesh.read(_MESH.value)
     rng = np.random.default_rng(0)
-    if _DTU.value:
+    if _DTU.value and scan is not None:
         root = pathlib.Path(_DTU.value)
-        truth = point_cloud.read_ply(root / "Points" / "stl" / f"stl{_SCAN.value:03d}_total.ply")
-        seen = chamfer.read_observed(root, _SCAN.value)
+        truth = point_cloud.read_ply(root / "Points" / "stl" / f"stl{scan:03d}_total.ply")
+        seen = chamfer.read_observed(root, scan)
         result = chamfer.dtu(found, truth, seen, rng)
     else:
         points = chamfer.sample_area(found, _POINTS.value, rng)

@@ -136,7 +136,7 @@ def _rays(count: int) -> image_rays.Rays:
     side = math.ceil(math.sqrt(count))
     pose = np.eye(4, dtype=np.float32)
     pose[2, 3] = -2.7
-    k = np.float32([1.3 * side, 1.3 * side, side / 2, side / 2])
+    k = np.array([1.3 * side, 1.3 * side, side / 2, side / 2], np.float32)
     cams = Cameras(pose, k, np.float32(1), np.float32(4), side, side)
-    rays = image_rays.of_cameras(cams, jnp.zeros(3), 1.0)
+    rays: Any = image_rays.of_cameras(cams, jnp.zeros(3), 1.0)
     return jax.tree.map(lambda x: x.reshape(side * side, *x.shape[2:])[:count], rays)

@@ -157,7 +157,7 @@ def _tree(points: np.ndarray) -> Any:
         from scipy import spatial
     except ImportError as e:
         raise InputError("chamfer needs SciPy: pip install 'viewsynth-jax[mesh]'.") from e
-    return spatial.cKDTree(points)
+    return spatial.KDTree(points)
 
 
 def _matlab(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

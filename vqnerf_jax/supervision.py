@@ -125,8 +125,8 @@ def loss(
     for part in parts:
         terms |= part.terms
         values |= part.values
-    eikonal = sum((part.eikonal for part in parts[1:]), parts[0].eikonal)
-    terms["eikonal"] = eikonal[0] / (eikonal[1] + 1e-5)
+    total_length, samples = jnp.stack([part.eikonal for part in parts]).sum(axis=0)
+    terms["eikonal"] = total_length / (samples + 1e-5)
     scales = _scales(weights)
     total = sum((scales[name] * x for name, x in terms.items()), jnp.zeros(()))
     return total, {**terms, **values}

@@ -107,7 +107,9 @@ def make_parts(config: Any) -> Parts:
     opponent = None
     if weights.gan_weight > 0:
         opponent = discriminator.Discriminator(**dict(config.discriminator))
-    fields = {k: tuple(x) if isinstance(x, list) else x for k, x in config.model.items()}
+    fields: dict[str, Any] = {
+        k: tuple(x) if isinstance(x, list) else x for k, x in config.model.items()
+    }
     known = {one.name for one in dataclasses.fields(vqgan.VQGAN)} - {"parent", "name"}
     if unknown := sorted(set(fields) - known):
         raise InputError(f"config.model has unknown fields {unknown}; known are {sorted(known)}.")
@@ -131,7 +133,7 @@ def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) ->
         last = jnp.where(counts > 0, step, schedule["last_used"])
         schedule["last_used"] = last
         values["usage"] = jnp.mean((step - last < RECENT_STEPS).astype(jnp.float32))
-    scales = {"l1": weights.l1_weight, "perceptual": weights.perceptual_weight}
+    scales: dict[str, Any] = {"l1": weights.l1_weight, "perceptual": weights.perceptual_weight}
     scales["quantizer"] = weights.quantizer_weight
     if parts.opponent is not None:
         scale = _adaptive(parts, params, made, images)
@@ -146,7 +148,7 @@ def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) ->
 def reconstruct(module: vqgan.VQGAN, variables: Variables, images: Array) -> vqgan.Reconstruction:
     """Images [n, h, w, 3] in [0, 1] through the auto-encoder of a trained run's variables."""
     made = cast(vqgan.Reconstruction, module.apply(autoencoder(variables), 2 * images - 1))
-    return made.replace(images=(made.images + 1) / 2)
+    return dataclasses.replace(made, images=(made.images + 1) / 2)
 
 
 def autoencoder(variables: Variables) -> Variables:
@@ -192,7 +194,7 @@ def _reconstruct(
     options: Any = dict(train=True, mutable=mutable, rngs={"codes": key})
     made, state = module.apply(held, 2 * images - 1, **options)
     made = cast(vqgan.Reconstruction, made)
-    return made.replace(images=(made.images + 1) / 2), dict(state)
+    return dataclasses.replace(made, images=(made.images + 1) / 2), dict(state)
 
 
 def _adversarial(

@@ -65,7 +65,8 @@ def _read_npz(path: pathlib.Path, wanted: Callable[[str], bool]) -> dict[str, An
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("a single array, not an archive")
     with archive:
-        # Reading an entry stops at the size that is written here.
+        # Reading an entry stops at the size that is written here. Open inside of this block.
+        assert archive.zip is not None
         unpacked = sum(entry.file_size for entry in archive.zip.infolist())
         if unpacked > max(_SMALL, _MAX_EXPANSION * path.stat().st_size):
             raise InputError(
