@@ -5,12 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from lvsm_jax import blocks
 from nvs_common import attention
-from tests import accelerators
 
 
 def layer(width, head_size):
@@ -39,16 +37,3 @@ def test_a_block_is_the_same_with_norms_in_the_kernel():
         got,
         gradients("xla")(params, x),
     )
-
-
-@pytest.mark.aot
-def test_a_block_with_norms_in_the_kernel_plans_less_memory_on_a_tpu():
-    shapes = jax.eval_shape(lambda: layer(768, 64))
-    x = accelerators.shape(1, 4096, 768)
-
-    def planned(name):
-        setting = blocks.Setting(dtype=jnp.bfloat16, attention=name)
-        gradient = jax.grad(functools.partial(loss, setting, slice(None)), (0, 1))
-        return accelerators.temporaries(accelerators.compile_for("v5e", gradient, shapes, x))
-
-    assert planned("pallas_tpu") < planned("xla")
