@@ -261,20 +261,25 @@ def _kernel(
 
     @pl.when(view == pl.num_programs(3) - 1)
     def _():
-        alpha = 1 / (1 + jnp.exp(-full(density_ref)))
-        if options.opaque_background:
-            alpha = jnp.where(layer == 0, 1.0, alpha)
-        rest = 1 - alpha
-        weight = alpha / scratch.total[...]
-        for channel in range(3):
-            below = rest * scratch.canvas[channel]
-            scratch.canvas[channel] = weight * scratch.color[channel] + below
-        scratch.canvas[3] = alpha * scratch.depth[...] + rest * scratch.canvas[3]
-        scratch.canvas[4] = rest * scratch.canvas[4]
+        _composite(options, full(density_ref), layer, scratch)
 
     @pl.when((layer == options.layers - 1) & (view == pl.num_programs(3) - 1))
     def _():
         canvas_ref[...] = scratch.canvas[...]
+
+
+def _composite(options: _Options, density: Array, layer: Array, scratch: _Scratch) -> None:
+    """Puts the layer, blended from all views, on top of those behind it."""
+    alpha = 1 / (1 + jnp.exp(-density))
+    if options.opaque_background:
+        alpha = jnp.where(layer == 0, 1.0, alpha)
+    rest = 1 - alpha
+    weight = alpha / scratch.total[...]
+    for channel in range(3):
+        below = rest * scratch.canvas[channel]
+        scratch.canvas[channel] = weight * scratch.color[channel] + below
+    scratch.canvas[3] = alpha * scratch.depth[...] + rest * scratch.canvas[3]
+    scratch.canvas[4] = rest * scratch.canvas[4]
 
 
 def _project(
