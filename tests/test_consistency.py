@@ -14,7 +14,7 @@ SIZE = 24
 
 def sphere():
     """Cameras [3] around a sphere, 45 degrees apart, and its depth [3, h, w], 0 beside it."""
-    known = depth_costs._orbit(8, SIZE, SIZE)
+    known = depth_costs.orbit(8, SIZE, SIZE)
     depth = jnp.where(known.mask, known.depth, 0.0)[0, :3]
     return known.cameras[0, :3], depth
 

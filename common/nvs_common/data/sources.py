@@ -372,12 +372,12 @@ def _folder(config, name: str, max_bad: int) -> FolderScenes | LazyScenes:
     size = (config.data.height, config.data.width)
     if name.startswith(IMAGES):
         return FolderScenes((image_folder.load(name.removeprefix(IMAGES), size=size),), {})
-    first = config.data.get("object", 0)
-    if name not in ("procedural_object", "procedural_objects"):
-        return load_folder(name, size=size, max_bad=max_bad)
-    numbers = range(OTHER_OBJECTS, OTHER_OBJECTS + config.data.num_scenes)
     if name == "procedural_object":
-        numbers = range(first, first + 1)
+        numbers = [config.data.get("object", 0)]
+    elif name == "procedural_objects":
+        numbers = range(OTHER_OBJECTS, OTHER_OBJECTS + config.data.num_scenes)
+    else:
+        return load_folder(name, size=size, max_bad=max_bad)
     views = config.data.views_per_scene
     return FolderScenes(tuple(procedural_object.orbit(n, *size, views) for n in numbers), {})
 
