@@ -129,11 +129,7 @@ def _decoder(
     """Decodes latents of the frozen encoder with noisy depth, and in part noisy latents."""
     of_latents, of_depth, of_samples = jax.random.split(key, 3)
     latents = _latents(module, fields, variables, batch, of_latents)
-    cams, depth = batch.target.cameras, jnp.asarray(batch.extras["depth"], jnp.float32)
-    # Noise would make depth of background that has none.
-    mask = jnp.isfinite(depth) & (depth > 0)
-    if "mask" in batch.extras:
-        mask &= batch.extras["mask"] > 0.5
+    cams, depth, mask = batch.target.cameras, batch.extras["depth"], foreground(batch)
     depth = depth_noise.structured_depth_noise(
         of_depth,
         depth,
@@ -145,6 +141,16 @@ def _decoder(
     front = _front(batch)
     decoded = module.apply(variables, latents, cams, depth, mask, front, of_samples)
     return _Decoded(cast(Array, decoded), {})
+
+
+def foreground(batch: Batch) -> Array:
+    """Where targets [b, t, h, w] have depth and, where there are masks, show the object; bool.
+
+    Background has no depth, which noise would make some of.
+    """
+    depth = jnp.asarray(batch.extras["depth"])
+    mask = jnp.isfinite(depth) & (depth > 0)
+    return mask & (batch.extras["mask"] > 0.5) if "mask" in batch.extras else mask
 
 
 def noisy_latents(key: Array, latents: Array, most: float) -> Array:

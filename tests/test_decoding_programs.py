@@ -54,6 +54,7 @@ def decode(program):
     return program("decode")
 
 
+@pytest.mark.slow
 def test_kinds_of_depth_are_what_they_say(depth_quality):
     orbit = depth_quality.held_out(model().config, 1)[0]
     true, mask = depth_quality.given(depth_quality.TRUE, orbit, 0.1)
@@ -67,6 +68,7 @@ def test_kinds_of_depth_are_what_they_say(depth_quality):
     np.testing.assert_array_equal(np.asarray(noisy)[~inside], np.asarray(true)[~inside])
 
 
+@pytest.mark.slow
 def test_decoders_are_compared_on_the_same_noisy_latents(depth_quality):
     runs, orbits = [model(), model("plain_decoder")], depth_quality.held_out(model().config, 1)
     cases = depth_quality.study(runs, orbits, [0.0, 0.3])

@@ -97,24 +97,14 @@ def test_the_plain_decoder_learns_from_the_same_noisy_latents_without_attention(
     assert largest(params["vae"]["decoder"]) > 0
 
 
-def test_background_without_depth_gets_none_from_noise(monkeypatch):
-    made = task.make(small_config())
-    variables = initial(made)
-    seen = []
-    monkeypatch.setattr(
-        task.model.DepthGuidedDecoder,
-        "__call__",
-        lambda self, latents, cams, depth, mask, front, key: (
-            seen.append((depth, mask)) or (jnp.zeros((1, 2, 8, 8, 3)))
-        ),
-    )
+def test_the_foreground_has_depth_and_is_covered():
     depth = batch().extras["depth"].at[:, :, 0].set(0.0).at[:, 0, 1].set(jnp.inf)
     coverage = jnp.ones_like(depth).at[:, :, 2].set(0.2)
-    one = dataclasses.replace(batch(), extras={"depth": depth, "mask": coverage})
-    made.loss(variables, one, KEY)
-    ((_, mask),) = seen
-    assert not mask[:, :, 0].any() and not mask[:, 0, 1].any() and not mask[:, :, 2].any()
-    assert mask[:, 1, 1].all() and mask[:, :, 3:].all()
+    mask = task.foreground(dataclasses.replace(batch(), extras={"depth": depth}))
+    assert not mask[:, :, 0].any() and not mask[:, 0, 1].any() and mask[:, :, 2:].all()
+    extras = {"depth": depth, "mask": coverage}
+    covered = task.foreground(dataclasses.replace(batch(), extras=extras))
+    np.testing.assert_array_equal(covered, mask & (coverage > 0.5))
 
 
 def test_parts_have_rates_of_their_own():

@@ -59,6 +59,7 @@ def test_pictures_are_those_of_the_plain_form(options, small_tiles):
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(again)))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_plain_form():
     logits, target, context = world(size=(6, 9), views=1)
 
