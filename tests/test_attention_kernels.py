@@ -240,7 +240,10 @@ def test_kernels_fit_the_chips(chip, case, monkeypatch):
     compiled = accelerators.compile_for(chip, gradient, *shapes(case))
     assert compiled.as_text().count("tpu_custom_call") >= 2
     b, n, m, a, f = case.sizes
-    assert accelerators.temporaries(compiled) < n * m  # a quarter of one head's logits
+    # A quarter of one head's logits, or, of few queries, copies in the kernel's layout of keys and
+    # values and of their gradients (v5p makes them; v5e and v6e do without).
+    copies = 3 * 2 * b * m * a * f * jnp.dtype(case.dtype).itemsize
+    assert accelerators.temporaries(compiled) < max(n * m, copies)
     # The compiler's estimate of a whole step counts the kernels.
     seen = n * m if case.packed is None else 1024 * (5120 + 4096)
     assert compiled.cost_analysis()["flops"] >= 14 * b * a * f * seen
