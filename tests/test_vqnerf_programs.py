@@ -32,6 +32,7 @@ def test_a_picture_shows_the_outline_and_the_light():
     assert mesh_picture.four_sides(ball, 16).shape == (16, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_cost_table_adds_parts_up():
     ours, _ = task.make_model(test_vqnerf.config().model)
     sizes = ((8, 8), (8, 16))
