@@ -11,6 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
 
+# What the scripts read of their environment.
+READ = ("BASE_PYTHON", "EXTRAS")
+
 # Stands for .venv/bin/python: notes what it is asked for; installing and programs do nothing.
 INTERPRETER = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"{log}"
@@ -47,10 +50,12 @@ def run(checkout, script, *arguments, **variables):
     """Runs a script from the root folder; returns its result and what the interpreter noted."""
     log = checkout.parent / "log"
     log.unlink(missing_ok=True)
+    # What the scripts read of this run's own environment must not decide what they do here.
+    inherited = {name: value for name, value in os.environ.items() if name not in READ}
     done = subprocess.run(
         ["bash", str(checkout / script), *arguments],
         cwd="/",
-        env=os.environ | variables,
+        env=inherited | variables,
         capture_output=True,
         text=True,
         timeout=60,
