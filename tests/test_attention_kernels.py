@@ -113,6 +113,7 @@ def check(case, interpret=True):
 
 
 @pytest.mark.parametrize("case", [RAGGED, PACKED, CACHED, ON_GPU], ids=str)
+@pytest.mark.thorough
 def test_kernels_are_the_definition_with_all_gradients_twice_bit_equal(case):
     check(case)
 

@@ -134,6 +134,7 @@ def test_a_kept_scene_makes_each_image_once():
     assert calls == [[0, 2], [1]]
 
 
+@pytest.mark.thorough
 def test_other_models_are_loaded_from_folders(tmp_path):
     config = small_quark.config()
     small_quark.save_run(tmp_path / "run", config)

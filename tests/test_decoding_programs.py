@@ -120,6 +120,7 @@ def decoded(decode, chosen, source):
     return decode.two_pass.decode_with_depth(module, run.variables, latents, cams, None, source)
 
 
+@pytest.mark.thorough
 def test_two_passes_leave_pictures_depth_and_figures(decode, flags, tmp_path):
     chosen = decode.choose(model().config, "objects:3", 0, None)
     np.testing.assert_array_equal(chosen.views, [1, 3])

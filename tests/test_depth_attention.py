@@ -138,6 +138,7 @@ def trained(name, front=False):
 
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize("name", ["per_view", "concat_mlp"])
+@pytest.mark.thorough
 def test_projecting_before_sampling_is_the_same_as_after_it(name, front):
     module, params = trained(name, front)
     x, known = small_depth.scene()

@@ -71,6 +71,7 @@ def decode_plain(module, variables, latents):
 
 
 @pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.thorough
 def test_before_training_it_is_the_plain_decoder_bit_for_bit(design):
     module, variables = initial(design)
     latents, cams, depth, front = views()
@@ -125,6 +126,7 @@ def test_each_parameter_has_its_axes():
         assert "encoder" in params["vae"] and "decoder" in params["vae"]
 
 
+@pytest.mark.thorough
 def test_gradients_are_finite_without_foreground():
     module, variables = initial("view")
     variables = moved(variables, ["cross_0/output", "cross_1/output"])
@@ -189,6 +191,7 @@ def test_a_front_picture_of_another_size_is_refused_by_broadcast_alone():
             jax.eval_shape(init, jax.random.key(0), latents)
 
 
+@pytest.mark.thorough
 def test_two_passes_decode_with_the_depth_of_the_first_pictures():
     module, variables = initial("view")
     variables = moved(variables, ["cross_0/output", "cross_1/output"])

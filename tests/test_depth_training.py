@@ -59,6 +59,7 @@ def largest(tree):
     return max(float(np.abs(x).max()) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.thorough
 def test_the_decoder_learns_and_the_encoder_is_frozen():
     made, variables, ((total, aux), found) = gradients("tiny")
     params = found["params"]
@@ -70,6 +71,7 @@ def test_the_decoder_learns_and_the_encoder_is_frozen():
     sharding.param_specs(variables["params"], made.param_axes)
 
 
+@pytest.mark.thorough
 def test_the_autoencoder_learns_whole_and_without_attention():
     _, _, ((total, aux), found) = gradients("tiny_autoencoder")
     config = small_config("tiny_autoencoder")
@@ -79,6 +81,7 @@ def test_the_autoencoder_learns_whole_and_without_attention():
     assert largest(params["vae"]["encoder"]) > 0 and largest(params["cross_0"]) == 0
 
 
+@pytest.mark.thorough
 def test_the_plain_decoder_learns_from_the_same_noisy_latents_without_attention():
     config = small_config()
     config.loss.stage = "plain_decoder"

@@ -83,6 +83,7 @@ def test_targets_are_drawn_in_batches():
     same(got, jax.jit(jax.vmap(drawing.draw))(*batch))
 
 
+@pytest.mark.thorough
 def test_copies_and_steps_do_not_race(small_tiles):
     logits, target, context = world(layers=1, size=(6, 9), views=1)
     got = drawing_tpu.draw(logits, target, context, interpret=kernel_races.DETECT)

@@ -83,6 +83,7 @@ def scene(x64):
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
+@pytest.mark.thorough
 def test_decoder_only_equals_one_sequence_for_each_target(
     scene, num_layers, implementation, monkeypatch
 ):
@@ -98,6 +99,7 @@ def test_decoder_only_equals_one_sequence_for_each_target(
         np.testing.assert_allclose(got[:, i], images(last[:, None])[:, 0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_encoder_decoder_equals_plain_sequences(scene):
     module, variables, context, targets = scene("encoder_decoder")
     got, images = exact(module, variables, context, targets)
@@ -140,6 +142,7 @@ def test_the_cross_attention_decoder_sees_all_encoded_inputs_and_nothing_else(sc
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thorough
 def test_options_that_save_memory_change_nothing(kind):
     plain = rendered(kind)
     assert plain.shape == (2, 3, 8, 8, 3) and plain.dtype == jnp.float32
@@ -171,6 +174,7 @@ def test_remat_stores_less():
     assert temporaries(jax.grad, remat="full") < 0.6 * temporaries(jax.grad, remat="none")
 
 
+@pytest.mark.thorough
 def test_chunks_need_no_memory_for_more_targets_but_their_pictures():
     pictures = 16 * 8 * 12 * 3 * 4
     grown = {

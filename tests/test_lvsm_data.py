@@ -43,6 +43,7 @@ def sizes(c, count, start=0):
     return taken
 
 
+@pytest.mark.thorough
 def test_the_number_of_inputs_is_a_function_of_the_step():
     c = config(min_context=2)
     whole = sizes(c, 12)
@@ -66,6 +67,7 @@ def test_fewer_inputs_are_the_first_of_all():
 CROPS = ((16, 16), (8, 16), (16, 12))
 
 
+@pytest.mark.thorough
 def test_the_size_of_images_is_a_function_of_the_step_and_rays_stay():
     c = config(crops=CROPS, min_context=2)
     whole, plain = sizes(c, 12), sizes(config(), 12)

@@ -280,6 +280,7 @@ def test_transitions_show_both_ends_of_each(run, tmp_path, program, capsys):
     assert "12 frames" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_default_protocol_evaluates_a_run(tmp_path, program, capsys):
     small_quark.save_run(tmp_path / "run", config("tiny_encoder_decoder"))
     main = program("evaluate").main

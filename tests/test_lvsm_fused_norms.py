@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from lvsm_jax import blocks
@@ -22,6 +23,7 @@ def loss(setting, keep, params, x):
     return jnp.sum(jnp.sin(10 * blocks.block(params, x, setting, keep=keep)))
 
 
+@pytest.mark.thorough
 def test_a_block_is_the_same_with_norms_in_the_kernel():
     params, x = layer(64, 32), jax.random.normal(jax.random.key(1), (1, 20, 64))
     assert attention.fuses_norm("pallas_tpu") and not attention.fuses_norm(None)

@@ -39,6 +39,7 @@ def test_importing_loads_no_training_library():
     assert not loaded & unwanted
 
 
+@pytest.mark.thorough
 def test_nnx_bridges_to_it(made):
     module, variables, arguments, wanted = made
     bridged = bridge.ToNNX(module, rngs=flax.nnx.Rngs(0))

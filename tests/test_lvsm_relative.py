@@ -69,6 +69,7 @@ def plain(cams, kind, q, k, v):
 
 
 @pytest.mark.parametrize("kind", ["prope", "gta"])
+@pytest.mark.thorough
 def test_each_pair_meets_through_one_relative_matrix(kind):
     cams = small_lvsm.cameras((1, 2))
     q, k, v = tokens(2 * 2 * 3)
@@ -98,6 +99,7 @@ def test_only_prope_sees_the_focal_length():
 
 
 @pytest.mark.parametrize("kind", ["decoder_only", "cached", "cross_attention"])
+@pytest.mark.thorough
 def test_a_model_with_encodings_renders_each_target_as_alone_and_differs(kind):
     module = small_lvsm.KINDS[kind](relative="prope", target_chunk=2)
     variables, context = small_lvsm.variables(module), small_lvsm.views()

@@ -102,6 +102,7 @@ def test_a_picture_depends_on_the_other_targets_only_where_all_are_normalised(no
 
 
 @pytest.mark.parametrize("normalize", ["all", "inputs"])
+@pytest.mark.thorough
 def test_training_normalises_over_all_drawn_views(normalize):
     made, variables = make(normalize)
     whole = batch()
@@ -144,6 +145,7 @@ def test_a_perceptual_weight_without_weights_is_said_aloud(caplog):
     assert "perceptual_weight=0.5 is without effect" in caplog.text
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path):
     path = tmp_path / "vgg.npz"
     np.savez(path, **random_vgg.arrays())
@@ -259,6 +261,7 @@ def logged(workdir: pathlib.Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("setting", KINDS)
+@pytest.mark.thorough
 def test_a_few_steps_learn(setting, tmp_path):
     state = run(small_config(setting, num_steps=60), tmp_path)
     psnr = logged(tmp_path, "psnr")
@@ -278,6 +281,7 @@ def test_mixed_batches_are_cut_into_patches(setting):
         assert height % patch == width % patch == 0
 
 
+@pytest.mark.thorough
 def test_resumed_run_with_changing_inputs_and_sizes_is_bit_equal(tmp_path):
     def config(num_steps):
         config = small_config(num_steps=num_steps, batch_size=2, checkpoint_every=3)

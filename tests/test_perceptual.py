@@ -96,6 +96,7 @@ def _reference(arrays, net, pred, truth):
 
 
 @pytest.mark.parametrize("net,size", [("vgg", (32, 19)), ("alex", (67, 48))])
+@pytest.mark.thorough
 def test_lpips_equals_a_float64_reference(arrays, net, size):
     rng = np.random.default_rng(1)
     pred, truth = rng.uniform(size=(2, *size, 3)).astype(np.float32)
@@ -104,6 +105,7 @@ def test_lpips_equals_a_float64_reference(arrays, net, size):
     np.testing.assert_allclose(perceptual.lpips(params, pred, truth), expected, rtol=2e-5)
 
 
+@pytest.mark.thorough
 def test_lpips_is_zero_for_equal_images_symmetric_and_per_image(arrays):
     rng = np.random.default_rng(2)
     a, b = rng.uniform(size=(2, 2, 1, 32, 32, 3)).astype(np.float32)
@@ -115,6 +117,7 @@ def test_lpips_is_zero_for_equal_images_symmetric_and_per_image(arrays):
     assert (metrics.lpips(a, a, params) == 0).all()
 
 
+@pytest.mark.thorough
 def test_gradient_is_finite_where_features_vanish(arrays):
     dead = dict(arrays["alex"])
     dead["features.0.bias"] = np.full(64, -1e3, np.float32)

@@ -368,6 +368,7 @@ def run_script(path, mode):
     )
 
 
+@pytest.mark.thorough
 def test_a_program_that_forgets_to_close_ends_quietly(tmp_path):
     process = run_script(tmp_path / "program.py", "end")
     _, errors = process.communicate(timeout=60)
@@ -375,6 +376,7 @@ def test_a_program_that_forgets_to_close_ends_quietly(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+@pytest.mark.thorough
 def test_workers_outlive_signals_to_the_group_and_end_with_a_killed_parent(tmp_path):
     process = run_script(tmp_path / "program.py", "wait")
     workers = json.loads(process.stdout.readline())

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from nvs_common import checkpoint, train
 from tests import conftest, toy
@@ -70,6 +71,7 @@ def start(workdir, *changes):
     return [(process.returncode, out) for process, out in zip(running, outputs, strict=True)]
 
 
+@pytest.mark.thorough
 def test_two_processes_make_the_steps_of_one_and_their_checkpoint_serves_it(tmp_path):
     changes = {**CUBE, "num_steps": 3}
     for code, output in start(tmp_path / "two", changes, changes):

@@ -130,6 +130,7 @@ def test_folding_is_exact_algebra(x64):
     np.testing.assert_allclose(jnp.einsum("c,acd->ad", key, folded_out), standard, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_order_of_the_views_does_not_matter():
     apply, variables = apply_small()
     batch = make_batch()
@@ -142,6 +143,7 @@ def test_order_of_the_views_does_not_matter():
 
 
 @pytest.mark.parametrize("views", [1, 2, 16])
+@pytest.mark.thorough
 def test_any_number_of_views(views):
     apply, variables = apply_small()
     batch = make_batch(views=views)
@@ -150,6 +152,7 @@ def test_any_number_of_views(views):
     assert np.all(np.isfinite(rendered.images))
 
 
+@pytest.mark.thorough
 def test_targets_are_rendered_independently():
     apply, variables = apply_small()
     batch = make_batch(scenes=2)
@@ -185,6 +188,7 @@ def config_of(**changes) -> ConfigDict:
 
 
 @pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.thorough
 def test_gradients_are_finite_even_with_every_view_behind(behind):
     made = task.make(config_of())
     batch = make_batch(behind=behind)
@@ -201,6 +205,7 @@ def test_gradients_are_finite_even_with_every_view_behind(behind):
         for name in sorted(quark_config.ABLATIONS)
     ],
 )
+@pytest.mark.thorough
 def test_every_ablation_changes_the_picture_or_the_network(ablation):
     # Only what is there can be removed.
     changes = dict(sweep_planes=8, density_bias=0.0) if ablation == "no_sweep" else {}
@@ -238,6 +243,7 @@ def test_every_parameter_has_one_sharding_row():
         assert len(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, jax.P))) > 50
 
 
+@pytest.mark.thorough
 def test_eight_devices_give_the_result_of_one():
     made = task.make(config_of())
     batch = make_batch(scenes=8, targets=1)
@@ -331,6 +337,7 @@ def test_unknown_model_fields_are_named():
         task.make(config)
 
 
+@pytest.mark.thorough
 def test_bfloat16_stays_close_to_float32():
     apply, variables = apply_small()
     half = small(dtype="bfloat16")

@@ -43,6 +43,7 @@ def test_cut_views_see_the_same_rays():
         np.testing.assert_allclose(shift, [[0, 0, left, top]] * 2, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_loss_of_a_crop_is_that_of_the_pictures_part():
     batch = test_quark.make_batch(scenes=2)
     apply, variables = test_quark.apply_small()

@@ -137,6 +137,7 @@ def test_what_no_view_sees_is_black_or_the_edge():
     np.testing.assert_allclose(edge, 0.7, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_rendering_through_the_right_depth_reproduces_a_plane():
     """One opaque textured plane at depth 4, seen from two sides, rendered in the middle."""
     target, depth = camera(near=3.0, far=5.0), 4.0
@@ -175,6 +176,7 @@ def test_rendering_through_the_right_depth_reproduces_a_plane():
     np.testing.assert_allclose(rendered.alpha, 1, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_gradient_is_finite_behind_cameras_and_at_borders():
     target = camera(near=0.5, far=50.0)
     poses = [camera((0, 0, 1.0)), camera((0, 0, 20.0), turn=np.pi), camera((3.0, 0, 0.5), turn=1.5)]
@@ -207,6 +209,7 @@ def test_density_is_upsampled_before_it_is_activated():
     assert np.sum((alpha > 0.1) & (alpha < 0.9)) <= 2
 
 
+@pytest.mark.thorough
 def test_opaque_background_leaves_nothing_open():
     target = camera()
     context = Views(jnp.ones((1, 8, 12, 3)), jax.tree.map(lambda x: x[None], target))

@@ -110,6 +110,7 @@ def two_layers(view_offset: float) -> prior.BlendCues:
     return prior.blend_cues(jnp.zeros((2, HEIGHT, WIDTH)), density, TARGET[0], context)
 
 
+@pytest.mark.thorough
 def test_what_the_map_covers_is_hidden_from_a_view():
     cues = two_layers(0.5)
     # Far layer: fraction 1/4 of the disparity range, 1/5.8; near layer 3/4, 1/2.56. Seen from
@@ -123,6 +124,7 @@ def test_what_the_map_covers_is_hidden_from_a_view():
     np.testing.assert_allclose(cues.remote[1], 0)
 
 
+@pytest.mark.thorough
 def test_a_view_that_differs_is_named_by_the_cues():
     context = photographs(cameras_at([(-0.2, 0.0), (0.2, 0.0), (0.0, 0.2), (0.0, -0.2)]))
     images = context.images.at[2].set(0.0)

@@ -137,6 +137,7 @@ def scene(views: int, seed=0):
         (3, {"unseen": "edge", "mask_invalid": False, "opaque_background": True}),
     ],
 )
+@pytest.mark.thorough
 def test_drawing_by_layer_and_view_equals_the_stored_form(x64, views, options):
     logits, target, context = scene(views)
 
@@ -159,6 +160,7 @@ def test_drawing_decoded_colours_equals_the_stored_form(x64):
 
 
 @pytest.mark.parametrize("draw", [drawing.draw, ldm.upsample_activate])
+@pytest.mark.thorough
 def test_a_window_is_a_part_of_the_picture(draw):
     logits, target, context = scene(3)
     whole = draw(logits, target, context)

@@ -39,6 +39,7 @@ def logged(workdir: pathlib.Path, name: str) -> list[float]:
     return [line[name] for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.thorough
 def test_two_hundred_steps_learn(tmp_path):
     state = run(tiny_config(num_steps=200), tmp_path)
     psnr, depth = logged(tmp_path, "psnr"), logged(tmp_path, "depth")
@@ -47,6 +48,7 @@ def test_two_hundred_steps_learn(tmp_path):
     assert depth[-1] < 0.95 * depth[0]
 
 
+@pytest.mark.thorough
 def test_resumed_run_is_bit_equal(tmp_path):
     def config(num_steps: int) -> ConfigDict:
         # A constant rate does not depend on where the run was meant to end.
@@ -62,6 +64,7 @@ def test_resumed_run_is_bit_equal(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_structural_similarity_adds_to_the_loss():
     config = tiny_config(batch_size=1)
     batch = next(iter(pipeline.training_batches(config)))

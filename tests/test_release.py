@@ -65,6 +65,7 @@ def rendered(model):
     return jax.device_get(jax.jit(model.task.render)(model.variables, context, cameras[:, 3:]))
 
 
+@pytest.mark.thorough
 def test_a_run_and_its_release_render_the_same_bit_for_bit(
     release, program, run, tmp_path, monkeypatch
 ):
@@ -259,6 +260,7 @@ def test_the_source_of_a_model_is_named_once(program, tmp_path, released, monkey
             load(program, **values)
 
 
+@pytest.mark.thorough
 def test_weights_render_and_evaluate_from_the_command_line(program, released, tmp_path):
     main, video = program("render").main, tmp_path / "v.mp4"
     values = {"weights": str(released), "scene": "procedural:3", "out": str(video), "frames": 2}

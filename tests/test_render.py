@@ -194,6 +194,7 @@ def test_scenes_at_finds_one_scene_or_several(shared_data):
         trained.scenes_at(str(shared_data / "eval_indices"), (24, 32))
 
 
+@pytest.mark.thorough
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     for program, arguments in (
         ("evaluate.py", [f"--workdir={tmp_path}/none"]),

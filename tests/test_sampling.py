@@ -58,6 +58,7 @@ def test_borders_are_zero_or_the_edge():
         sampling.gather(image, uv, border="wrap")
 
 
+@pytest.mark.thorough
 def test_gradients_match_finite_differences_and_are_finite_outside(x64):
     rng = np.random.default_rng(2)
     image = jnp.asarray(rng.normal(size=(5, 6, 2)))

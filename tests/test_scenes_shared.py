@@ -149,6 +149,7 @@ def test_convention_errors_break_the_epipolar_constraint(matched, mistake):
     assert _median_error(cameras, pairs) > max(4 * right, 4.0)
 
 
+@pytest.mark.thorough
 def test_measured_depths_bracket_the_reconstruction(shared_data):
     """Without its points, a scene's near and far from matched corners still cover the points."""
     root = shared_data / "lund_street"

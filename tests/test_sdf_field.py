@@ -87,8 +87,9 @@ def test_what_rays_see_is_recorded(case):
     close(out.samples.middles, f"{case}/mid_z_vals", 1e-4)
     close(out.samples.lengths, f"{case}/dists", 1e-4)
     close(out.samples.sdf, f"{case}/sdf", 1e-4)
-    # In one place where samples were recorded 3e-5 away; float64 is 2e-3 from what was recorded.
-    close(out.samples.gradients, f"{case}/gradients", 1e-3)
+    # In one place where samples were recorded 3e-5 away; float64 is 2e-3 from what was recorded,
+    # float32 0.9e-3 to 1.01e-3 by how it was compiled.
+    close(out.samples.gradients, f"{case}/gradients", 1.2e-3)
     close(out.samples.cumulative, f"{case}/cdf", 2e-3)
     close(out.samples.inside, f"{case}/inside_sphere", 0)
     for value, name in [(total, "loss"), (color, "loss_color"), (entropy, "loss_mask")]:

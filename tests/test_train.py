@@ -173,6 +173,7 @@ def test_a_batch_that_does_not_divide_is_explained():
         training_step.check_batch(toy.config(accumulate=3), mesh)
 
 
+@pytest.mark.thorough
 def test_resume_is_bit_equal(tmp_path, whole):
     config = {"ema": 0.9, "checkpoint_every": 3}
     train.fit(toy.task(), toy.batches(), toy.config(num_steps=3, **config), tmp_path, devices=ONE)
@@ -183,6 +184,7 @@ def test_resume_is_bit_equal(tmp_path, whole):
     assert lines(whole[1], "train")[-1]["loss"] == lines(tmp_path, "train")[-1]["loss"]
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_one_device_goes_on_on_eight(tmp_path, whole):
     short = toy.config(num_steps=3, ema=0.9)
     train.fit(toy.task(), toy.batches(), short, tmp_path, devices=ONE)
@@ -348,6 +350,7 @@ def _fit(config, workdir):
     return train.fit(toy.task(), toy.batches(), config, workdir, devices=ONE)
 
 
+@pytest.mark.thorough
 def test_a_run_starts_from_the_parameters_of_another(tmp_path):
     first = _fit(toy.config(num_steps=2, ema=0.9), tmp_path / "first")
     # Without a learning rate the parameters stay what they were at the start.

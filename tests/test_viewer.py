@@ -144,6 +144,7 @@ def test_what_cannot_be_shown_is_one_sentence():
         renderer(toy_task(value=np.nan)).frame(target, 2)
 
 
+@pytest.mark.thorough
 def test_quark_from_cached_features_is_quark():
     config = small_quark.config()
     task, variables = quark_task.make(config), small_quark.variables(config)

@@ -188,6 +188,7 @@ def test_arrays_that_do_not_fit_are_explained():
             load_vqgan(changed, groups=2)
 
 
+@pytest.mark.thorough
 def test_encoder_and_decoder_get_gradients_through_the_codes():
     module, variables = small(distance="cosine", gradient="rotation")
     images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3), minval=-1)

@@ -55,6 +55,7 @@ def stepped(update):
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.thorough
 def test_all_parts_learn(update):
     _, variables, value, aux, gradients = stepped(update)
     assert jnp.isfinite(value)
@@ -81,6 +82,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_decoder_and_discriminator_are_constants_to_each_other():
     parts = vqgan_task.make_parts(config())
     draw = np.random.default_rng(1)

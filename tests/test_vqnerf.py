@@ -94,6 +94,7 @@ def test_pixels_and_their_rays_belong_together():
     np.testing.assert_allclose(jnp.linalg.norm(rays.origins, axis=-1), 1.25, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_window_shows_what_its_cameras_see():
     targets = jax.tree.map(lambda x: x[0], batch().target)
     u = np.broadcast_to(np.arange(8.0)[None, :, None], (8, 8, 1))
@@ -124,6 +125,7 @@ def loss_and_gradient(chunk, params, data):
     return loss(params)
 
 
+@pytest.mark.thorough
 def test_deferred_gradients_are_those_of_all_rays_at_once():
     params, data = random_params(small()), batch()
     (value, aux), gradients = loss_and_gradient(5, params, data)
@@ -160,6 +162,7 @@ def test_parts_of_rays_need_less_memory_for_gradients():
 
 
 @pytest.mark.parametrize("decoder", ["frozen", "last", "full"])
+@pytest.mark.thorough
 def test_the_decoder_learns_as_far_as_it_is_said(decoder):
     params = random_params(small())
     gradients = jax.grad(
@@ -251,6 +254,7 @@ def test_a_branch_without_weight_is_not_rendered(changes, missing):
         jax.eval_shape(none.loss, variables, batch(), jax.random.key(0))
 
 
+@pytest.mark.thorough
 def test_the_shape_learns_from_pixels_alone_if_it_is_said():
     params = random_params(small())
 
@@ -274,6 +278,7 @@ def test_the_shape_learns_from_pixels_alone_if_it_is_said():
         gradients(loss__global_rays=0)
 
 
+@pytest.mark.thorough
 def test_a_share_of_pixels_is_drawn_within_the_mask():
     targets = jax.tree.map(lambda x: x[0], batch().target)
     mask = jnp.zeros((2, 8, 8)).at[:, 2, 3:5].set(1.0)
