@@ -103,8 +103,8 @@ def test_test_passes_arguments_on_and_returns_the_exit_code(checkout):
     done, notes = run(checkout, "launch/test.sh", "-k", "a name", "tests/test_views.py")
     assert done.returncode == 5
     expected = (
-        "-m pytest -q -m not slow and not gpu and not tpu and not aot -n auto --maxprocesses=4 "
-        "-k a name tests/test_views.py"
+        "-m pytest -q -m not thorough and not slow and not gpu and not tpu and not aot -n auto "
+        "--maxprocesses=4 -k a name tests/test_views.py"
     )
     assert notes[-1] == expected
     assert "Tests took 0 min" in done.stdout
