@@ -215,8 +215,10 @@ def _ours(case: Decoder) -> Callable[[], Any]:
 def _diffusers() -> Callable[[Decoder], Callable[[], Any]] | None:
     """A maker of the same decoders in diffusers; None where it is not installed."""
     try:
-        import torch
-        from diffusers.models.autoencoders import autoencoder_kl_temporal_decoder as published
+        import torch  # pyright: ignore[reportMissingImports]
+        from diffusers.models.autoencoders import (  # pyright: ignore[reportMissingImports]
+            autoencoder_kl_temporal_decoder as published,
+        )
     except ImportError:
         return None
 
