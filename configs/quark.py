@@ -86,6 +86,7 @@ def _base() -> Any:
                 num_scenes=100_000,
                 views_per_scene=24,
                 baseline=(0.03, 0.12),
+                rigs=("grid", "arc", "orbit", "walk"),
                 # Sensor noise and exposure differences of training images, see `procedural.World`.
                 noise=0.0,
                 exposure_jitter=0.0,

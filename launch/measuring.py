@@ -125,6 +125,10 @@ class Kept:
     def source(self) -> str:
         return str(self.scene.source)
 
+    @property
+    def points(self) -> Any:
+        return getattr(self.scene, "points", None)
+
     @functools.cached_property
     def _images(self) -> dict[int, np.ndarray]:
         return {}

@@ -117,7 +117,7 @@ def _frames(model: trained.Trained, walk: Walk) -> Iterator[temporal.Frame]:
     renders = rendering.render_targets(
         model.task.render, model.variables, walk.scene, walk.cameras, walk.inputs
     )
-    cameras = views.bounded(walk.cameras, walk.scene.cameras, walk.inputs)
+    cameras = views.bounded(walk.cameras, walk.scene, walk.inputs)
     for number, rendered in enumerate(renders):
         if rendered.depth is None:
             raise InputError(f"{model.path}: this system renders no depth to warp frames by.")

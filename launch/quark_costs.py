@@ -71,17 +71,20 @@ def forward(config: Any, views: int, size: tuple[int, int], repeats: int) -> For
     names = ["encode inputs", "initialise"]
     names += [f"update & fuse {i}" for i in range(len(module.stages) - 1)]
     names += ["upsample, activate, render"]
+    programs = [until(index) for index in range(-1, len(names) - 1)]
+    args = variables, batch.context
+    compiled = [jax.jit(program).lower(*args).compile() for program in programs]
+    # A stage is the difference of two programs: they take turns, or the machine's load at one of
+    # them would count as the other's.
+    calls = [functools.partial(program, *args) for program in compiled]
+    totals = measuring.alternating_medians(*calls, repeats=repeats)
     stages, seconds, products = [], 0.0, 0.0
-    compiled = None
-    for index, name in enumerate(names, start=-1):
-        function = until(index)
-        compiled = jax.jit(function).lower(variables, batch.context).compile()
-        total = measuring.median_seconds(compiled, variables, batch.context, repeats=repeats)
-        count = arithmetic.multiply_adds(function, variables, batch.context)
+    for name, program, total in zip(names, programs, totals, strict=True):
+        count = arithmetic.multiply_adds(program, *args)
         stages.append(Stage(name, total - seconds, count - products))
         seconds, products = total, count
     title = f"`{config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
-    title += f": peak {measuring.peak(compiled):.0f} MiB"
+    title += f": peak {measuring.peak(compiled[-1]):.0f} MiB"
     return Forward(title, stages, seconds)
 
 

@@ -115,7 +115,7 @@ def test_near_and_far_come_from_the_inputs_alone():
     inputs = rendering.nearest_inputs(
         scene.cameras, scene.cameras[[8]], 4, allowed=np.array([6, 7, 9, 10]), name="s"
     )
-    bounded = views.bounded(scene.cameras[[8]], scene.cameras, inputs)
+    bounded = views.bounded(scene.cameras[[8]], scene, inputs)
     # Views 7 and 9 are half as far away as 6 and 10.
     logs = np.log([1.06, 1.07, 1.09, 1.10])
     np.testing.assert_allclose(bounded.near, np.exp(np.average(logs, weights=[1, 4, 4, 1])))

@@ -334,7 +334,7 @@ def _scene(
 def _baselines(scene: Any, view: _View) -> dict[str, np.ndarray]:
     """Images of every baseline, given the same inputs and the same near and far."""
     target = scene.cameras[np.array([view.index])]
-    target = rendering.take(views.bounded(target, scene.cameras, view.inputs[None]), 0)
+    target = rendering.take(views.bounded(target, scene, view.inputs[None]), 0)
     context = Views(view.images, rendering.take(scene.cameras, view.inputs))
     images = (
         baselines.plane_sweep(context, target),

@@ -159,7 +159,7 @@ def _protocol(protocol: Protocol) -> dict[str, Any]:
         "held out": protocol.split or f"every {protocol.hold_out_every}th view, from the first",
         "image size (h x w)": size,
         "border left out": f"{protocol.border} pixels",
-        "near and far": "smallest and greatest of the inputs'",
+        "near and far": "from the inputs' own, or the points they observe",
         "SSIM": f"{protocol.ssim}, 11x11 window, sigma 1.5",
         "LPIPS": "not computed: no weights given" if protocol.lpips is None else "computed",
     }

@@ -128,7 +128,7 @@ def render_targets(
       t results in the order of the targets.
     """
     read = ImageReader(scene) if read is None else read
-    targets = views.bounded(targets, scene.cameras, inputs)
+    targets = views.bounded(targets, scene, inputs)
     function = _jitted(render, _mesh(variables))
     count, shared = len(inputs), True
     for start in range(0, count, chunk):

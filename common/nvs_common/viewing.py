@@ -119,7 +119,7 @@ class SceneRenderer:
         self.cameras: Cameras = scene.cameras
         self.names: tuple[str, ...] = tuple(scene.names)
         self.encoded = 0
-        self._variables, self._name = variables, name
+        self._variables, self._name, self._scene = variables, name, scene
         self._read = rendering.ImageReader(scene)
         # Features of each view, the last used at the end.
         self._features: collections.OrderedDict[int, Any] = collections.OrderedDict()
@@ -151,7 +151,7 @@ class SceneRenderer:
         if mode == "nearest input":
             image = self.picture(inputs[0, 0])
             return Frame(image, inputs[0], time.perf_counter() - began)
-        target = views.bounded(target, self.cameras, inputs)
+        target = views.bounded(target, self._scene, inputs)
         shown = self._run(inputs[0], rendering.take(target, np.array([[0]])))
         if mode == "depth" and shown.depth is None:
             raise InputError("this system renders no depth; choose another mode.")

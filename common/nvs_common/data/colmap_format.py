@@ -8,6 +8,7 @@ import numpy as np
 
 from nvs_common.data import array_formats, colmap, depth_bounds, scene_files, scene_formats
 from nvs_common.data.scene_formats import Loaded, Options, Posed
+from nvs_common.data.sparse_points import SparsePoints
 from nvs_common.errors import InputError
 
 IMAGE_FOLDERS = (*array_formats.IMAGE_FOLDERS, "input")
@@ -64,6 +65,7 @@ def read(model_folder: pathlib.Path, options: Options) -> Loaded:
         raise InputError(f"{model_folder}: the scene is empty: the model has no images.")
     frames = scene_formats.build_frames(posed, root, model_folder, strict=options.strict)
     names = [frame.path.relative_to(root).as_posix() for frame in frames]
-    observed = [seen.get(name, np.zeros(0, np.int64)) for name in names]
-    bounded, bounds = depth_bounds.with_points(frames, model.points, observed)
-    return Loaded(bounded, "COLMAP", root, bounds)
+    observed = tuple(seen.get(name, np.zeros(0, np.int64)) for name in names)
+    points = SparsePoints(model.points, observed)
+    bounded, bounds = depth_bounds.with_points(frames, points)
+    return Loaded(bounded, "COLMAP", root, bounds, points=None if bounds is None else points)

@@ -7,29 +7,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nvs_common.data import sparse_points
 from nvs_common.data.scene_formats import Frame
+from nvs_common.data.sparse_points import SparsePoints
 
-FROM_POINTS = "sparse points (1st to 99th percentile, x 0.9 and x 1.1)"
+FROM_POINTS = f"sparse points ({sparse_points.RULE})"
 FROM_MEETING = "camera geometry (x 0.5 and x 8 of the depth where the viewing axes meet)"
 FROM_SPREAD = "camera geometry (x 0.1 and x 10 of the spread of the camera centres)"
-FROM_IMAGES = "corners triangulated from the images (1st to 99th percentile, x 0.9 and x 1.1)"
+FROM_IMAGES = f"corners triangulated from the images ({sparse_points.RULE})"
 FROM_NOTHING = "no information (all cameras share one centre): 0.1 to 100"
-# Fewer points than this say little about their 1st and 99th percentile.
-MIN_POINTS = 10
 
 
 def with_points(
-    frames: Sequence[Frame], points: np.ndarray, seen: Sequence[np.ndarray] | None = None
+    frames: Sequence[Frame], points: SparsePoints
 ) -> tuple[tuple[Frame, ...], str | None]:
-    """The frames with near and far `from_points`, and the rule's name; None if there are too few.
+    """The frames [n] with near and far `from_points`, and the rule's name.
 
-    Args:
-      frames: n cameras.
-      points: [p, 3] in the world.
-      seen: for each frame the indices of the points it observes; None where nobody knows.
+    Where there are too few points the frames are as they were and the name is None.
     """
-    seen = [np.zeros(0, np.int64)] * len(frames) if seen is None else seen
-    limits = from_points(frames, points, seen)
+    limits = from_points(frames, points)
     if limits is None:
         return tuple(frames), None
     bounded = (
@@ -39,26 +35,18 @@ def with_points(
     return tuple(bounded), FROM_POINTS
 
 
-def from_points(
-    frames: Sequence[Frame], points: np.ndarray, seen: Sequence[np.ndarray]
-) -> np.ndarray | None:
-    """Near and far of each frame [n, 2] from points [p, 3], or None where no frame has enough.
+def from_points(frames: Sequence[Frame], points: SparsePoints) -> np.ndarray | None:
+    """Near and far of each frame [n, 2], or None where no frame sees enough points.
 
     Uses the points that a frame observes; if they are fewer than 10, those in front of it and
     inside its image; if these are too few as well, the nearest near and farthest far of the
     other frames.
-
-    Args:
-      frames: n cameras.
-      points: in the world.
-      seen: for each frame the indices [*] of the points it observes.
     """
     limits = np.full((len(frames), 2), np.nan)
     for i, frame in enumerate(frames):
-        depth = _visible_depths(frame, points, seen[i])
-        if len(depth) >= MIN_POINTS:
-            near, far = np.percentile(depth, [1, 99])
-            limits[i] = near * 0.9, far * 1.1
+        found = sparse_points.depth_range(_visible_depths(frame, points, i))
+        if found is not None:
+            limits[i] = found
     if np.isnan(limits).all():
         return None
     empty = np.isnan(limits[:, 0])
@@ -66,17 +54,16 @@ def from_points(
     return limits
 
 
-def _visible_depths(frame: Frame, points: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Positive z-depths of the points a frame sees."""
-    rotation, centre = frame.world_from_cam[:3, :3], frame.world_from_cam[:3, 3]
-    depth = (points[seen] - centre) @ rotation[:, 2]
-    depth = depth[depth > 0]
-    if len(depth) >= MIN_POINTS or not len(points):
-        return depth
-    local = (points - centre) @ rotation
-    local = local[local[:, 2] > 0]
-    uv = local[:, :2] / local[:, 2:] * frame.intrinsics[:2] + frame.intrinsics[2:]
-    return local[np.all((uv >= 0) & (uv <= [frame.width, frame.height]), axis=-1), 2]
+def _visible_depths(frame: Frame, points: SparsePoints, index: int) -> np.ndarray:
+    """Positive z-depths of the points that frame `index` sees."""
+    if points.seen is not None:
+        observed = points.positions[points.seen[index]]
+        depth = sparse_points.z_depths(observed, frame.world_from_cam)
+        if len(depth) >= sparse_points.MIN_POINTS:
+            return depth
+    return sparse_points.z_depths_in_image(
+        points.positions, frame.world_from_cam, frame.intrinsics, (frame.height, frame.width)
+    )
 
 
 def from_cameras(frames: Sequence[Frame]) -> tuple[np.ndarray, str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nvs_common.data import array_formats, depth_bounds, point_cloud, scene_files, scene_formats
 from nvs_common.data.distortion import Distortion
-from nvs_common.data.scene_formats import Frame, Loaded, Options, Posed
+from nvs_common.data.scene_formats import Loaded, Options, Posed
+from nvs_common.data.sparse_points import SparsePoints
 from nvs_common.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
     as in nerfstudio (k3, k4 multiply r^6, r^8). Near and far come from `ply_file_path`.
     """
     options.refuse("transforms.json", "rig")
-    frames, bounds = [], None
+    frames, bounds, clouds = [], None, []
     root = paths[0].parent
     for path in paths:
         content = scene_files.read_json(path)
@@ -67,23 +67,26 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
             for i, frame in enumerate(content["frames"])
         ]
         built = scene_formats.build_frames(posed, root, path, strict=options.strict)
-        if "ply_file_path" in content:
-            built, bounds = _from_cloud(built, content["ply_file_path"], path)
+        points = _cloud(content, path)
+        if points is not None:
+            built, bounds = depth_bounds.with_points(built, points)
+            clouds.append(points.positions)
         frames += built
     # Files without points leave their frames without depths: then geometry decides for all.
     bounds = bounds if all(frame.near is not None for frame in frames) else None
-    return Loaded(tuple(frames), "transforms.json", root, bounds)
+    points = None if bounds is None else SparsePoints(np.concatenate(clouds))
+    return Loaded(tuple(frames), "transforms.json", root, bounds, points=points)
 
 
-def _from_cloud(
-    frames: list[Frame], relative: Any, path: pathlib.Path
-) -> tuple[Sequence[Frame], str | None]:
-    """Near and far from nerfstudio's sparse points, which lie in the frame of its poses."""
-    cloud = scene_files.inside(path.parent, relative, f"{path}: ply_file_path")
+def _cloud(content: dict[str, Any], path: pathlib.Path) -> SparsePoints | None:
+    """Nerfstudio's sparse points, which lie in the frame of its poses."""
+    if "ply_file_path" not in content:
+        return None
+    cloud = scene_files.inside(path.parent, content["ply_file_path"], f"{path}: ply_file_path")
     if not cloud.is_file():
         log.warning("%s: its points %s are missing; near and far come without them", path, cloud)
-        return frames, None
-    return depth_bounds.with_points(frames, point_cloud.read_ply(cloud))
+        return None
+    return SparsePoints(point_cloud.read_ply(cloud))
 
 
 def _transforms_frame(

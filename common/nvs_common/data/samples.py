@@ -332,7 +332,7 @@ def assemble(
     context, target = _views(scene, choice.context), _views(scene, choice.target)
     # As in evaluation and rendering, where a target's own range is not known.
     inputs = np.tile(choice.context, (len(choice.target), 1))
-    bounded = views.bounded(target.cameras, scene.cameras, inputs)
+    bounded = views.bounded(target.cameras, scene, inputs)
     near, far = bounded.near.astype(np.float32), bounded.far.astype(np.float32)
     cameras = dataclasses.replace(target.cameras, near=near, far=far)
     target = dataclasses.replace(target, cameras=cameras)

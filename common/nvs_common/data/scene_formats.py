@@ -16,6 +16,7 @@ import numpy as np
 from nvs_common.data import distortion as distortion_lib
 from nvs_common.data import images, scene_files
 from nvs_common.data.scene_files import Packed
+from nvs_common.data.sparse_points import SparsePoints
 from nvs_common.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Loaded:
       ordered: whether frames keep this order, that of a video; otherwise they are sorted by name.
       world_from_scene: [4, 4] rotation, one scale and translation from the frame of the cameras to
         the units of the files, where a reader changes units (NeuS); None where it does not.
+      points: of the reconstruction, where near and far come from them.
     """
 
     frames: tuple[Frame, ...]
@@ -111,6 +113,7 @@ class Loaded:
     common_crop: bool = False
     ordered: bool = False
     world_from_scene: np.ndarray | None = None
+    points: SparsePoints | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from nvs_common.data import (
 )
 from nvs_common.data.images import Window
 from nvs_common.data.scene_formats import Frame, Loaded, Options
+from nvs_common.data.sparse_points import SparsePoints
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
 
@@ -46,7 +47,7 @@ class Scene:
       path: what was loaded.
       frames: stored images and their cameras.
       windows: the part of each stored image that becomes the view.
-      world_from_scene: see `scene_formats.Loaded`.
+      world_from_scene, points: see `scene_formats.Loaded`.
     """
 
     cameras: Cameras
@@ -57,6 +58,7 @@ class Scene:
     frames: tuple[Frame, ...] = dataclasses.field(repr=False)
     windows: tuple[Window, ...] = dataclasses.field(repr=False)
     world_from_scene: np.ndarray | None = None
+    points: SparsePoints | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -187,13 +189,13 @@ def measure_depths(scene: Scene, *, pairs: int = 48) -> Scene:
         a, b = matching.match(first, second)
         good = matching.sampson(cameras, i, j, a, b) < 1.0
         found.append(matching.triangulate(cameras, i, j, a[good], b[good]))
-    points = np.concatenate(found)
-    points = points[np.isfinite(points).all(axis=-1)]
-    unseen = [np.zeros(0, np.int64)] * len(scene)
-    limits = depth_bounds.from_points(scene.frames, points, unseen)
+    positions = np.concatenate(found)
+    points = SparsePoints(positions[np.isfinite(positions).all(axis=-1)])
+    limits = depth_bounds.from_points(scene.frames, points)
     if limits is None:
         return scene
-    return _with_depths(scene, limits, depth_bounds.FROM_IMAGES)
+    measured = _with_depths(scene, limits, depth_bounds.FROM_IMAGES)
+    return dataclasses.replace(measured, points=points)
 
 
 def load_measured(
@@ -218,7 +220,8 @@ def _with_depths(scene: Scene, limits: np.ndarray, bounds: str) -> Scene:
     if not np.all((0 < near) & (near < far) & (far < np.inf)):
         raise InputError(f"{scene.path}: near {near[0]:g}, far {far[0]:g}: need 0 < near < far.")
     cameras = dataclasses.replace(scene.cameras, near=near, far=far)
-    return dataclasses.replace(scene, cameras=cameras, bounds=bounds)
+    # Whoever gives depths wants them for targets too.
+    return dataclasses.replace(scene, cameras=cameras, bounds=bounds, points=None)
 
 
 def _neighbours(poses: np.ndarray, pairs: int) -> list[tuple[int, int]]:
@@ -247,7 +250,7 @@ def find_scenes(path: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def _scene(loaded: Loaded, path: pathlib.Path, size: tuple[int, int] | None) -> Scene:
-    frames, names = _sorted(loaded)
+    frames, names, points = _sorted(loaded)
     height, width = frames[0].height, frames[0].width
     if loaded.common_crop:
         height = min(frame.height for frame in frames)
@@ -271,7 +274,7 @@ def _scene(loaded: Loaded, path: pathlib.Path, size: tuple[int, int] | None) -> 
     near, far = near_far.astype(np.float64).T
     cameras = Cameras(poses, np.zeros((len(frames), 4)), near, far, height, width)
     files = (names, loaded.source, bounds, path, frames, tuple(windows))
-    scene = Scene(cameras, *files, loaded.world_from_scene)
+    scene = Scene(cameras, *files, loaded.world_from_scene, points)
     return _assemble(scene, windows, height, width)
 
 
@@ -288,14 +291,18 @@ def _assemble(scene: Scene, windows: Sequence[Window], height: int, width: int) 
     return dataclasses.replace(scene, cameras=cameras, windows=tuple(windows))
 
 
-def _sorted(loaded: Loaded) -> tuple[tuple[Frame, ...], tuple[str, ...]]:
-    """Frames by name, or in the order of the video."""
+def _sorted(
+    loaded: Loaded,
+) -> tuple[tuple[Frame, ...], tuple[str, ...], SparsePoints | None]:
+    """Frames by name, or in the order of the video, their names, and the points they see."""
     folders = [frame.path.parent for frame in loaded.frames]
     common = pathlib.Path(os.path.commonpath(folders))
-    named = [(frame.path.relative_to(common).as_posix(), frame) for frame in loaded.frames]
+    names = [frame.path.relative_to(common).as_posix() for frame in loaded.frames]
+    order = list(range(len(names)))
     if not loaded.ordered:
-        named.sort(key=lambda item: item[0])
-    return tuple(frame for _, frame in named), tuple(name for name, _ in named)
+        order.sort(key=lambda i: names[i])
+    points = None if loaded.points is None else loaded.points.reordered(order)
+    return tuple(loaded.frames[i] for i in order), tuple(names[i] for i in order), points
 
 
 def _stored_image(frame: Frame) -> np.ndarray:

@@ -169,6 +169,7 @@ class KeptScene:
         self.source, self.bounds = scene.source, scene.bounds
         if hasattr(scene, "depths"):
             self.depths = scene.depths
+        self.points = getattr(scene, "points", None)
         if hasattr(scene, "path"):
             self.path = scene.path
 

@@ -7,9 +7,11 @@ from the `numpy.random.Generator` argument. n is the number of views of a scene.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from nvs_common.data import sparse_points
 from nvs_common.errors import InputError
 from nvs_common.types import Cameras
 
@@ -113,22 +115,40 @@ def nearest_random(
     return Choice(context, rng.permutation(drawn)[:num_target], drawn)
 
 
-def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
-    """Targets [t] with a near and far made of those of their inputs.
+def bounded(targets: Cameras, scene: Any, inputs: np.ndarray) -> Cameras:
+    """Targets [t] with a near and far from what their inputs know.
 
-    The near is the geometric mean of the inputs' nears, weighted by the inverse square of their
-    distance, the far the greatest of all: one input that has walked up to a wall does not spend
-    most of the disparity range on what the target does not see, and the range changes smoothly
-    along a path.
+    Where the scene has sparse points, from those that the inputs observe, as the target sees
+    them; the far is at least the greatest of the inputs'. Otherwise the near is the geometric
+    mean of the inputs' nears, weighted by the inverse square of their distance, and the far the
+    greatest of all: one input that has walked up to a wall does not spend most of the disparity
+    range on what the target does not see, and the range changes smoothly along a path.
 
     The near and far stored with a held-out view may come from its own image (from points
     triangulated in it), which a renderer does not have: they are never used.
 
     Args:
       targets: [t].
-      cameras: [n] of the scene.
-      inputs: [t, v] indices into `cameras`.
+      scene: with cameras [n], and perhaps `points`, see `scenes.Scene`.
+      inputs: [t, v] indices into the scene's cameras.
     """
+    near, far = _range_of_inputs(targets, scene.cameras, inputs)
+    points = getattr(scene, "points", None)
+    if points is not None:
+        size = targets.height, targets.width
+        for i, row in enumerate(inputs):
+            pose, intrinsics = np.asarray(targets.world_from_cam)[i], targets.intrinsics[i]
+            depth = sparse_points.z_depths_in_image(points.of(row), pose, intrinsics, size)
+            found = sparse_points.depth_range(depth)
+            if found is not None:
+                near[i], far[i] = found[0], max(far[i], found[1])
+    return dataclasses.replace(targets, near=near, far=far)
+
+
+def _range_of_inputs(
+    targets: Cameras, cameras: Cameras, inputs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Near and far [t] from those of the inputs alone."""
     centers = np.asarray(cameras.world_from_cam)[inputs][..., :3, 3]
     offset = centers - np.asarray(targets.world_from_cam)[:, None, :3, 3]
     distance = np.linalg.norm(offset, axis=-1)
@@ -137,8 +157,7 @@ def bounded(targets: Cameras, cameras: Cameras, inputs: np.ndarray) -> Cameras:
     weights = 1 / np.maximum(distance / scale, 1e-6) ** 2
     logs = np.log(np.asarray(cameras.near)[inputs])
     near = np.exp(np.sum(weights * logs, axis=1) / np.sum(weights, axis=1))
-    far = np.asarray(cameras.far)[inputs].max(axis=1)
-    return dataclasses.replace(targets, near=near, far=far)
+    return near, np.asarray(cameras.far)[inputs].max(axis=1)
 
 
 def window(
