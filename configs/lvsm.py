@@ -246,7 +246,7 @@ def _tiny() -> Any:
 def _tiny_encoder_decoder() -> Any:
     """Fewer, larger tokens than `tiny`, and more steps: the latents have to be learnt first.
 
-    Not trained to its end yet; after 1,000 steps it is still behind the nearest view.
+    At its end it is above the nearest view in PSNR, not in SSIM: pictures are patches of colour.
     """
     config = _tiny()
     config.update(num_steps=5_000, ema=0.995)

@@ -11,6 +11,8 @@ The published training has two phases, 250,000 steps at half the resolution and 
     python launch/train.py --config=configs/quark.py:quark,half --workdir=runs/half
     python launch/train.py --config=configs/quark.py:quark --workdir=runs/full \\
         --config.init_from=runs/half
+
+So had the weights of the checkout, `small` and then `small,sharpen` from it.
 """
 
 from typing import Any
@@ -39,7 +41,7 @@ def get_config(arg: str = "tiny") -> Any:
     size, *ablations = arg.split(",")
     config = {"tiny": _tiny, "small": _small, "quark": _quark, "quark_plus": _quark_plus}[size]()
     for name in ablations:
-        {"photos": _photos, "half": _half, **ABLATIONS}[name](config)
+        {"photos": _photos, "half": _half, "sharpen": _sharpen, **ABLATIONS}[name](config)
     return config
 
 
@@ -198,6 +200,14 @@ def _half(config: Any) -> None:
     config.loss.crop //= 2
     config.num_steps = 250_000
     config.optim.update(warmup_steps=20_000, decay_steps=0)
+
+
+def _sharpen(config: Any) -> None:
+    """The second phase of `small`: structural similarity in the loss, and longer strides."""
+    config.update(num_steps=1_300, eval_every=650, checkpoint_every=650, ema=0.99)
+    config.optim.update(learning_rate=5e-4, warmup_steps=50)
+    config.data.update(baseline=(0.02, 0.45), rigs=("walk", "walk", "grid", "arc", "orbit"))
+    config.loss.ssim_weight = 3.0
 
 
 def _fewer_iterations(config: Any) -> None:
