@@ -220,7 +220,7 @@ def _change(config: Any, text: str) -> None:
     try:
         section[last] = parsed
     except TypeError as error:
-        raise InputError(f"--set={text}: {error}") from error
+        raise InputError(f"--set={text}: {error}; write lists as [1,2].") from error
 
 
 def size(text: str, config: Any, *, photographs: bool) -> tuple[int, int] | None:
