@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pathlib
 import re
@@ -213,14 +214,21 @@ def _change(config: Any, text: str) -> None:
     if not equals or not hasattr(section, "get") or last not in section.keys():
         raise InputError(f"--set={text}: expected FIELD=VALUE with a field of the run's config.")
     try:
-        # JSON has the numbers, booleans and lists; all else is text.
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = value
-    try:
-        section[last] = parsed
+        section[last] = _parse(value)
     except TypeError as error:
-        raise InputError(f"--set={text}: {error}; write lists as [1,2].") from error
+        raise InputError(f"--set={text}: {error}") from error
+
+
+def _parse(value: str) -> Any:
+    """JSON has the numbers, booleans and lists, Python the tuples of configs; all else is text."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
 
 
 def size(text: str, config: Any, *, photographs: bool) -> tuple[int, int] | None:

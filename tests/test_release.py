@@ -85,6 +85,13 @@ def test_a_run_and_its_release_render_the_same_bit_for_bit(
     assert from_file.step == 5 and from_file.config == from_run.config
 
 
+@pytest.mark.parametrize("pair", ["[0.1,0.4]", "(0.1, 0.4)"])
+def test_a_pair_of_the_config_is_set_as_list_or_as_tuple(release, program, tmp_path, pair):
+    release(out=tmp_path / "w.npz")
+    model = load(program, weights=str(tmp_path / "w.npz"), set=[f"data.baseline={pair}"])
+    assert tuple(model.config.data.baseline) == (0.1, 0.4)
+
+
 def test_numpy_alone_reads_the_file(release, tmp_path):
     release(out=tmp_path / "w.npz")
     file = np.load(tmp_path / "w.npz", allow_pickle=False)

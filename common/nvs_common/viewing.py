@@ -136,8 +136,8 @@ class SceneRenderer:
     def frame(self, target: Cameras, num_inputs: int, mode: Mode = "image") -> Frame:
         """Renders one camera [1] from its nearest inputs.
 
-        Its near and far become those of the inputs; the depth's colours span them, so that they
-        mean the same in neighbouring frames.
+        Its near and far come from the inputs, see `views.bounded`; the depth's colours span them,
+        so that they mean nearly the same in neighbouring frames.
 
         Raises:
           InputError: more inputs than the scene has, a mode that the system does not have, or
