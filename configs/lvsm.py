@@ -266,7 +266,7 @@ def _overfit(config: Any) -> None:
         raise ValueError("variant 'overfit' is of the tiny settings: it makes its own scene.")
     config.update(num_steps=1_500, batch_size=4, eval_every=0)
     config.optim.weight_decay = 0.0
-    config.data.update(num_scenes=1, views_per_scene=4, workers=0)
+    config.data.update(num_scenes=1, views_per_scene=4, num_target=2, workers=0)
 
 
 SETTINGS = {

@@ -97,7 +97,10 @@ def _base() -> Any:
                 with_depth=False,
             ),
             # Photographs are evaluated and rendered at `photo_size` unless --size says otherwise.
-            eval=dict(source="", num_scenes=16, views=1, photo_size=(288, 512)),
+            # Cameras of procedural scenes that are evaluated and shown; (): those of training.
+            eval=dict(
+                source="", num_scenes=16, views=1, photo_size=(288, 512), baseline=(), rigs=()
+            ),
             model=dict(
                 grid_area=288 * 512,
                 upsampling=0.0,
@@ -206,6 +209,8 @@ def _sharpen(config: Any) -> None:
     """The second phase of `small`: structural similarity in the loss, and longer strides."""
     config.update(num_steps=1_300, eval_every=650, checkpoint_every=650, ema=0.99)
     config.optim.update(learning_rate=5e-4, warmup_steps=50)
+    # Seen through the cameras of the first phase, so that figures and videos compare.
+    config.eval.update(baseline=config.data.baseline, rigs=config.data.rigs)
     config.data.update(baseline=(0.02, 0.45), rigs=("walk", "walk", "grid", "arc", "orbit"))
     config.loss.ssim_weight = 3.0
 

@@ -25,8 +25,7 @@ if [[ -f weights/quark_small.npz ]]; then
   echo "And the same path, larger, with the weights that come with the checkout ..."
   # A procedural room's cameras are those of the config: here those of `tiny`, not of the weights.
   "$PYTHON" launch/render.py --weights=default --scene=procedural:7 --path=spiral --size=144x256 \
-    --set=data.baseline=[0.06,0.2] --set=data.views_per_scene=12 \
-    --set='data.rigs=["grid","arc","orbit","walk"]' \
+    --set=eval.baseline=[0.06,0.2] --set=data.views_per_scene=12 \
     --frames=60 --out="$run/video_default_weights.mp4"
 fi
 

@@ -251,7 +251,7 @@ def size(text: str, config: Any, *, photographs: bool) -> tuple[int, int] | None
 
 
 def scene(text: str, config: Any, size: tuple[int, int] | None) -> Any:
-    """One scene: a folder, or "procedural:SEED" with the views and rigs the model was trained on.
+    """One scene: a folder, or "procedural:SEED" with the cameras that the model is evaluated with.
 
     Raises:
       InputError: no scene there, or it cannot be loaded; a seed that is not a number.

@@ -32,6 +32,16 @@ def test_the_procedural_world_is_evaluated_on_scenes_no_run_trains_on():
         sources.make_source(config)
 
 
+def test_evaluation_may_have_cameras_of_its_own():
+    config = world_config(source="procedural", baseline=(0.3, 0.4), rigs=("walk",))
+    same = sources.held_out(config)
+    assert (same.baseline, same.rigs) == ((0.3, 0.4), ("walk",))
+    config.eval.update(baseline=(0.01, 0.02), rigs=("arc",))
+    training, own = sources.make_source(config), sources.held_out(config)
+    assert (training.baseline, training.rigs) == ((0.3, 0.4), ("walk",))
+    assert (own.baseline, own.rigs) == ((0.01, 0.02), ("arc",))
+
+
 def test_source_text_is_one_name_or_weighted_names(tmp_path):
     assert sources.parse("procedural") == [("procedural", 1.0)]
     assert sources.parse("procedural:0.5, /a:1.5") == [("procedural", 0.5), ("/a", 1.5)]

@@ -274,7 +274,7 @@ def _make(config, text: str, seed: int, num_scenes: int, max_bad: int) -> Any:
             if name == "objects":
                 made = orbits(config, seed, num_scenes)
             else:
-                made = world(config, seed, num_scenes, augment=training)
+                made = world(config, seed, num_scenes, training=training)
             parts.append(Kept(made) if keep else made)
             continue
         made = _folder(config, name, max_bad)
@@ -292,22 +292,25 @@ def world(
     num_scenes: int,
     size: tuple[int, int] | None = None,
     *,
-    augment: bool = False,
+    training: bool = False,
 ) -> procedural.World:
     """The procedural world of a config: its views a scene, baselines, rigs and, by default, size.
 
-    With `augment`, which training asks for, also the config's sensor noise and exposure jitter.
+    Training alone has the config's sensor noise and exposure jitter; everything else has the
+    cameras of `config.eval.baseline` and `config.eval.rigs` where these are not empty.
     """
     height, width = size or (config.data.height, config.data.width)
-    names = ("noise", "exposure_jitter") if augment else ()
+    names = ("noise", "exposure_jitter") if training else ()
+    cameras = {name: config.data.get(name, None) for name in ("baseline", "rigs")}
+    if not training:
+        cameras |= {name: own for name in cameras if (own := config.eval.get(name, None))}
     return procedural.World(
         seed=seed,
         num_scenes=num_scenes,
         height=height,
         width=width,
         num_views=config.data.views_per_scene,
-        baseline=tuple(config.data.get("baseline", procedural.World.baseline)),
-        rigs=tuple(config.data.get("rigs", procedural.World.rigs)),
+        **{name: tuple(value) for name, value in cameras.items() if value},
         **{name: config.data.get(name, 0.0) for name in names},
     )
 
