@@ -63,6 +63,7 @@ def _svd() -> Any:
                 num_context=1,
                 num_target=6,
                 choice="random",
+                nearest=16,
                 hold_out_every=0,
                 num_scenes=23_000,
                 views_per_scene=16,
@@ -111,15 +112,18 @@ def _svd() -> Any:
 def _tiny() -> Any:
     """Small networks for minutes on a CPU."""
     config = _svd()
-    config.update(num_steps=450, batch_size=1, log_every=50, checkpoint_every=225)
+    config.update(num_steps=2_000, batch_size=1, log_every=50, checkpoint_every=1_000)
     config.optim.update(learning_rate=2e-3, warmup_steps=50)
     config.optim.rates = (("vae/encoder", 0.0), ("vae/quant_conv", 0.0), ("vae/decoder", 0.25))
-    config.data.update(height=32, width=32, num_target=4, num_scenes=192)
+    config.data.update(height=32, width=32, num_target=5, num_scenes=192)
+    # Six neighbours on an orbit of twelve, the front among them: views that see the same surface.
+    config.data.update(choice="nearest_random", nearest=1)
     config.data.update(views_per_scene=12, keep_in_memory=True, workers=1)
     config.model.vae.update(channels=(32, 32), num_resnets=1, num_mid=2, dtype="float32")
     config.model.update(levels=1, samples=(6,), head_size=32)
-    # Up to about the deviation of the small autoencoder's own latents.
-    config.loss.latent_noise = 0.2
+    # Up to twice the deviation of the small autoencoder's own latents: other views are worth
+    # looking at where one's own latents are bad.
+    config.loss.latent_noise = 0.4
     return config
 
 
@@ -127,6 +131,7 @@ def _tiny_autoencoder() -> Any:
     """The autoencoder that `tiny` starts from."""
     config = _tiny()
     config.update(batch_size=2, num_steps=700, checkpoint_every=350)
+    config.data.update(choice="random", num_target=4)
     config.optim.rates = ()
     # Strong enough that latents have a deviation of about one, as noise on them assumes.
     config.loss.update(stage="autoencoder", kl_weight=1e-3)

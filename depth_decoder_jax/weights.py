@@ -22,7 +22,7 @@ from nvs_common.errors import InputError
 from nvs_common.types import Variables
 
 # The autoencoder's part of a file that holds a whole diffusion model.
-PREFIX = "first_stage_model."
+PREFIXES = ("first_stage_model.", "vae.")
 
 # Names that an error lists one by one.
 MAX_LISTED = 40
@@ -84,10 +84,10 @@ def load_svd(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[vae.SV
     """Makes the autoencoder and its variables from published weights.
 
     Args:
-      source: a file that `nvs_common.torch_weights` reads (.safetensors, .pt, .ckpt, .npz), or
-        what is in it: name -> array, in the names of diffusers or of sgm. Of a whole diffusion
-        model the arrays under "first_stage_model." are taken. Where there is no quant_conv, which
-        sgm's engine has not, it is the identity.
+      source: a file that `nvs_common.torch_weights` reads (.safetensors, .bin, .pt, .ckpt, .npz),
+        or what is in it: name -> array, in the names of diffusers or of sgm. Of a whole diffusion
+        model the arrays under "first_stage_model." or "vae." are taken. Where there is no
+        quant_conv, which sgm's engine has not, it is the identity.
 
     Returns:
       The module, every size of which is read off the arrays, and {"params": ...} in float32.
@@ -124,12 +124,15 @@ def to_torch(
     """The state_dict of variables, name -> float32 array: the inverse of `load_svd`.
 
     Raises:
-      InputError: an unknown naming.
+      InputError: an unknown naming, or a module that sgm's code has not.
     """
     if naming not in _TELLING:
         raise InputError(f"naming={naming!r}: choose from {sorted(_TELLING)}.")
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     tree = {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    num_mid = _count(tree, r"decoder/mid/resnet_(\d+)/.*")
+    if naming == "sgm" and num_mid != 2:
+        raise InputError(f"num_mid={num_mid}: sgm's decoder has 2 blocks in its middle.")
     names = _names(tree, naming)
     return {
         names[path]: _to_torch(leaf).reshape(_published(leaf.shape, naming))
@@ -141,20 +144,18 @@ def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """The arrays of the autoencoder among a checkpoint's content, in float32."""
     while isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if any(key.startswith(PREFIX) for key in content):
-        content = {k.removeprefix(PREFIX): x for k, x in content.items() if k.startswith(PREFIX)}
+    content = {torch_weights.unwrapped(str(key)): x for key, x in content.items()}
+    for part in PREFIXES:
+        if any(key.startswith(part) for key in content):
+            content = {k.removeprefix(part): x for k, x in content.items() if k.startswith(part)}
     arrays: dict[str, np.ndarray] = {}
     for key, value in content.items():
-        value = np.asarray(value)
-        if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
-            raise InputError(f"{name}: {key} is {value.dtype}, expected an array of floats.")
+        x = torch_weights.floats(value, f"{name}: {key}")
         for pattern, replacement in _OLDER:
             key = re.sub(pattern, replacement, key)
         if key in arrays:
             raise InputError(f"{name}: {key} is there twice, by an older name and by this one.")
-        arrays[key] = value.astype(np.float32)
-        if not np.isfinite(arrays[key]).all():
-            raise InputError(f"{name}: {key} holds values that are not finite.")
+        arrays[key] = x.astype(np.float32)
     return arrays
 
 
@@ -170,7 +171,8 @@ def _module(arrays: Mapping[str, np.ndarray], naming: str, name: str) -> vae.SVD
     ends = ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"]
     for key in firsts + ends:
         if key not in arrays or arrays[key].ndim != 4:
-            found = f"shape {arrays[key].shape}" if key in arrays else "no such array"
+            found = f"no such array, but {', '.join(sorted(arrays)[:3])}, ..."
+            found = f"shape {arrays[key].shape}" if key in arrays else found
             raise InputError(
                 f"{name}: expected {key} of rank 4, found {found}; these are no weights of an "
                 "autoencoder with a temporal decoder, in the names of diffusers or of sgm."

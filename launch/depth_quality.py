@@ -45,6 +45,9 @@ _SCENES = flags.DEFINE_integer("scenes", None, "Held-out orbits; config.eval.num
 _NOISE = flags.DEFINE_list(
     "latent_noise", ["0", "0.1"], "Deviations of noise on scaled latents, one table row for each."
 )
+_DEPTH_NOISE = flags.DEFINE_float(
+    "depth_noise", 1.0, "Noisy depth has so many times the calibrated noise.", lower_bound=0.0
+)
 _LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights of LPIPS; left out without them.")
 _OUT = flags.DEFINE_string("out", None, "Folder for table.md and views.png.")
 _SHOWN = flags.DEFINE_integer("shown", 0, "Orbit in views.png.", lower_bound=0)
@@ -77,7 +80,7 @@ def main(_) -> int:
     orbits = held_out(models[0].config, _SCENES.value)
     if _SHOWN.value >= len(orbits):
         raise InputError(f"--shown={_SHOWN.value}: there are orbits 0 to {len(orbits) - 1}.")
-    cases = study(models, orbits, noises, lpips, _SHOWN.value)
+    cases = study(models, orbits, noises, lpips, _SHOWN.value, _DEPTH_NOISE.value)
     lines = table(models[0].config, orbits, cases)
     print("\n".join(lines))
     if _OUT.value:
@@ -120,8 +123,9 @@ def study(
     noises: Sequence[float],
     lpips: Any = None,
     shown: int = 0,
+    strength: float = 1.0,
 ) -> list[Case]:
-    """All decoders on all orbits, with depth of all kinds.
+    """All decoders on all orbits, with depth of all kinds; `strength` is of noisy depth.
 
     Raises:
       InputError: a run of another system, or of an autoencoder alone.
@@ -134,7 +138,7 @@ def study(
         plain = config.loss.stage == "plain_decoder"
         for noise in noises:
             for kind in ("-",) if plain else KINDS:
-                pairs = [decode(model, orbit, kind, noise) for orbit in orbits]
+                pairs = [decode(model, orbit, kind, noise, strength) for orbit in orbits]
                 rows = [
                     scores(images, orbit, lpips)
                     for images, orbit in zip(pairs, orbits, strict=True)
@@ -145,7 +149,9 @@ def study(
     return cases
 
 
-def decode(model: trained.Trained, orbit: Orbit, kind: str, noise: float) -> Array:
+def decode(
+    model: trained.Trained, orbit: Orbit, kind: str, noise: float, strength: float = 1.0
+) -> Array:
     """Images [1, t, h, w, 3] in [0, 1] of an orbit's noisy latents."""
     module = task.make_module(model.config.model)
     images = 2 * orbit.batch.target.images - 1
@@ -155,19 +161,20 @@ def decode(model: trained.Trained, orbit: Orbit, kind: str, noise: float) -> Arr
     if kind == "-":
         return two_pass.decode_plain(module, model.variables, latents)
     cams = orbit.batch.target.cameras
-    depth, mask = given(kind, orbit, model.config.model.delta)
+    depth, mask = given(kind, orbit, model.config.model.delta, strength)
     front = jax.tree.map(lambda x: x[:, 0], orbit.batch.context)
     return two_pass.decode_guided(module, model.variables, latents, cams, depth, mask, front)
 
 
-def given(kind: str, orbit: Orbit, delta: float) -> tuple[Array, Array]:
-    """Depth of a kind, and its foreground."""
+def given(kind: str, orbit: Orbit, delta: float, strength: float = 1.0) -> tuple[Array, Array]:
+    """Depth of a kind, and its foreground; noise is `strength` times the calibrated one."""
     depth, mask = orbit.batch.extras["depth"], orbit.mask
     if kind == NOISY:
         key = jax.random.fold_in(jax.random.key(int(orbit.name)), 1)
         cams = orbit.batch.target.cameras
         ends = dict(near=cams.near, far=cams.far)
-        depth = depth_noise.structured_depth_noise(key, depth, mask, **ends)
+        scales = {side: strength * x for side, x in depth_noise.SCALES.items()}
+        depth = depth_noise.structured_depth_noise(key, depth, mask, scales, **ends)
     elif kind == WRONG:
         depth = jnp.where(mask, depth + WRONG_BY * delta, depth)
     elif kind == NONE:

@@ -128,19 +128,12 @@ def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     for key, value in content.items():
         if not isinstance(key, str):
             raise InputError(f"{name}: {key!r} is no name of an array; expected a state_dict.")
-        short = key
-        while short.startswith("module."):
-            short = short.removeprefix("module.")
+        short = torch_weights.unwrapped(key)
         if short.startswith(IGNORED):
             continue
         if short in arrays:
             raise InputError(f"{name}: {short} is there twice, with and without 'module.'.")
-        value = np.asarray(value)
-        if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
-            raise InputError(f"{name}: {key} is {value.dtype}, expected an array of floats.")
-        arrays[short] = value.astype(np.float32)
-        if not np.isfinite(arrays[short]).all():
-            raise InputError(f"{name}: {key} holds values that are not finite.")
+        arrays[short] = torch_weights.floats(value, f"{name}: {key}").astype(np.float32)
     return arrays
 
 

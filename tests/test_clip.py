@@ -117,6 +117,21 @@ def test_the_published_configuration_is_accepted_and_compared():
     ]:
         with pytest.raises(errors.InputError, match=words):
             load_clip(state(), **{**config, **change})
+    # All that transformers writes, and patches that leave a border of the image.
+    whole = {**config, "model_type": "clip_vision_model", "depth": 2}
+    patch = load_clip(state(), **config)[0].patch
+    assert (
+        load_clip(
+            state(),
+            **whole,
+        )[0]
+        == load_clip(state(), heads=4)[0]
+    )
+    module, variables = load_clip(state(), **{**whole, "image_size": 32 + patch - 1})
+    assert module.size == 32 + patch - 1
+    pixels = np.random.default_rng(0).normal(size=(1, module.size, module.size, 3)).astype("f4")
+    inner = module.clone(size=32).apply(variables, jnp.asarray(pixels[:, :32, :32]))
+    np.testing.assert_array_equal(module.apply(variables, jnp.asarray(pixels)), inner)
     with pytest.raises(errors.InputError, match="pass heads="):
         load_clip(state())
     short = state()

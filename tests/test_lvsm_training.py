@@ -299,9 +299,10 @@ def test_resumed_run_with_changing_inputs_and_sizes_is_bit_equal(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_scene_is_learnt_by_heart(tmp_path):
-    """What `configs/lvsm.py:tiny,overfit` shows; about five minutes on two cores."""
-    config = lvsm_config.get_config("tiny,overfit")
+@pytest.mark.parametrize("setting", KINDS)
+def test_one_scene_is_learnt_by_heart(setting, tmp_path):
+    """What the variant `overfit` shows; about five minutes on two cores."""
+    config = lvsm_config.get_config(f"{setting},overfit")
     made = task.make(config)
     state = run(config, tmp_path)
     scene = sources.make_source(config)[0]

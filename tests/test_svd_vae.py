@@ -146,11 +146,14 @@ def test_a_clip_does_not_depend_on_the_others_but_on_all_of_its_frames():
 
 
 @recorded_numbers
-@pytest.mark.parametrize("naming", ["diffusers", "sgm"])
-def test_weights_come_back_as_they_were(naming):
+@pytest.mark.parametrize(
+    "naming, prefix",
+    [("diffusers", "first_stage_model."), ("diffusers", "module.vae."), ("sgm", "_orig_mod.")],
+)
+def test_weights_come_back_as_they_were(naming, prefix):
     module, variables = loaded()
     state = to_torch(variables, naming)
-    again, copy = load_svd({f"{weights.PREFIX}{key}": x for key, x in state.items()})
+    again, copy = load_svd({f"{prefix}{key}": x for key, x in state.items()})
     assert again == module
     jax.tree.map(np.testing.assert_array_equal, copy, variables)
     if naming == "diffusers":
@@ -218,6 +221,12 @@ def test_names_of_sgm_are_those_of_its_modules():
         "decoder.conv_out.time_mix_conv.weight",
     } <= names
     assert len(names) == len(zeros(**sizes))
+
+
+def test_what_sgm_lacks_is_not_written_in_its_names():
+    _, variables = load_svd(zeros(channels=(32,), num_resnets=1, num_mid=3))
+    with pytest.raises(InputError, match="num_mid=3: sgm's decoder has 2 blocks"):
+        to_torch(variables, "sgm")
 
 
 def older(name):

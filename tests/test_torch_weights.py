@@ -50,6 +50,45 @@ def test_transposed_views_and_parameters_are_read(tmp_path):
     np.testing.assert_array_equal(torch_weights.read(file)["p"], STATE["a.weight"])
 
 
+def test_arrays_and_tensors_become_floats_of_numpy():
+    class Tensor:
+        """As PyTorch's: no array while it is trained, and none of NumPy's types if bfloat16."""
+
+        def __init__(self, values, dtype="torch.float32"):
+            self.values, self.dtype, self.trained = values, dtype, True
+
+        def detach(self):
+            copy = type(self)(self.values, self.dtype)
+            copy.trained = False
+            return copy
+
+        def cpu(self):
+            return self
+
+        def float(self):
+            copy = self.detach()
+            copy.dtype = "torch.float32"
+            return copy
+
+        def __array__(self, dtype=None, copy=None):
+            if self.trained or self.dtype != "torch.float32":
+                raise RuntimeError("no array")
+            return np.asarray(self.values, np.float32)
+
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        x = torch_weights.floats(Tensor([1.0, 2.0], dtype), "a")
+        np.testing.assert_array_equal(x, np.float32([1, 2]))
+    assert torch_weights.floats(np.ones(2), "a").dtype == np.float64
+    assert torch_weights.floats(np.ones(2, np.float16), "a").dtype == np.float32
+    for bad, words in ((np.arange(2), "a is int64"), (np.float32([np.inf]), "a holds values")):
+        with pytest.raises(errors.InputError, match=words):
+            torch_weights.floats(bad, "a")
+
+
+def test_wrappers_of_names_are_left_out():
+    assert torch_weights.unwrapped("module._orig_mod.module.a.module.b") == "a.module.b"
+
+
 def test_tensors_may_share_a_storage(tmp_path):
     numbers = np.arange(6, dtype=np.float32)
     storages = {"0": numbers.tobytes()}
@@ -238,7 +277,7 @@ def test_other_files_are_explained(tmp_path):
         ("empty.pt", b"", "cut short"),
         ("a.npz", b"PK", "not a whole .npz file"),
         ("a.safetensors", b"12345678901", "not a whole .safetensors file"),
-        ("a.bin", b"", "weights are read from .pt"),
+        ("a.pkl", b"", "weights are read from .pt"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(errors.InputError, match=words):

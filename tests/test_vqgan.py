@@ -131,6 +131,17 @@ def test_the_published_configuration_is_accepted_and_compared():
             load_vqgan(state, **{**config, **change})
     with pytest.raises(errors.InputError, match="pass groups="):
         load_vqgan(state)
+    # A whole configuration of diffusers, or one of taming with other factors of the same sizes.
+    whole = {**config, "_class_name": "VQModel", "_name_or_path": "x", "codes": 3}
+    channels = loaded()[0].channels
+    factors = {"ch": 2, "ch_mult": tuple(c // 2 for c in channels), "tanh_out": False}
+    assert load_vqgan(state, **whole)[0] == load_vqgan(state, **config, **factors)[0]
+    with pytest.raises(errors.InputError, match="tanh_out=True was given"):
+        load_vqgan(state, **config, tanh_out=True)
+    wrapped = {f"module.{key}": x for key, x in state.items()}
+    assert load_vqgan(wrapped, **config)[0] == loaded()[0]
+    with pytest.raises(errors.InputError, match="arrays twice"):
+        load_vqgan({**wrapped, **state}, **config)
 
 
 @pytest.mark.parametrize("names", ["diffusers", "taming"])
@@ -176,7 +187,7 @@ def test_arrays_that_do_not_fit_are_explained():
         ({kernel: None, "extra.bias": np.ones(3)}, f"missing: {kernel}; unknown: extra.bias"),
         ({kernel: np.ones((8, 8, 1, 1))}, r"shape \(8, 8, 1, 1\), expected \(8, 8, 3, 3\)"),
         ({kernel: np.full((8, 8, 3, 3), np.nan)}, "not finite"),
-        ({"quantize.embedding.weight": None}, "found no such array; this is not a VQGAN"),
+        ({"quantize.embedding.weight": None}, "found no such array, but .*; this is not a VQGAN"),
         (
             {"quantize.embedding.weight": np.ones((7, 4), np.float32)},
             r"expected \(\d, [34], 1, 1\)",

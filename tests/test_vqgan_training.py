@@ -20,7 +20,8 @@ def config(setting="tiny", **loss):
     config.model.update(channels=(4, 4), groups=2, num_codes=8, code_width=3, latent_channels=4)
     config.model.update(blocks=1, mid_attention=False)
     config.discriminator.update(channels=4, layers=1, groups=2)
-    config.loss.update(perceptual_weight=0.0, gan_weight=0.5, gan_start=2, **loss)
+    config.loss.update(perceptual_weight=0.0, gan_weight=0.5, gan_start=2, quantizer_start=0)
+    config.loss.update(**loss)
     return config
 
 
@@ -72,6 +73,33 @@ def test_all_parts_learn(update):
     else:
         before = variables["codes"]["codebook"]["state"].codes
         assert jnp.any(aux.collections["codes"]["codebook"]["state"].codes != before)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_latents_are_quantised_from_the_start_of_quantisation_on(step):
+    made = vqgan_task.make(config(gan_weight=0.0, quantizer_start=4))
+    variables = made.init(jax.random.key(0), batch())
+    variables["schedule"]["step"] = jnp.asarray(step)
+    _, aux = jax.jit(made.loss)(variables, batch(), jax.random.key(1))
+    before, after = variables["codes"]["codebook"]["state"], aux.collections["codes"]["codebook"]
+    module = vqgan_task.make_parts(config()).module
+    images = batch().target.images[:, 0]
+    held = {"params": variables["params"]["vqgan"]}
+    latents = module.apply(held, 2 * images - 1, method="encode")
+    plain = (module.apply(held, latents, method="decode") + 1) / 2
+    l1 = np.mean(np.abs(plain - images))
+    if step < 4:
+        assert np.isclose(aux.metrics["l1"], l1, rtol=1e-5)
+        assert aux.metrics["quantizer"] == 0 and after["state"].steps == 0
+        np.testing.assert_array_equal(after["state"].codes, before.codes)
+    else:
+        assert not np.isclose(aux.metrics["l1"], l1, rtol=1e-3)
+        assert aux.metrics["quantizer"] > 0 and after["state"].steps == 1
+        # k-means has started the codes among the latents of this batch.
+        flat = np.asarray(latents).reshape(-1, latents.shape[-1])
+        low, high = flat.min(axis=0) - 1e-3, flat.max(axis=0) + 1e-3
+        codes = np.asarray(after["state"].codes)
+        assert np.all((codes >= low) & (codes <= high))
 
 
 def test_the_loss_is_the_sum_of_its_terms():

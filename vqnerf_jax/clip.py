@@ -245,8 +245,11 @@ def _module(
     config = dict(config)
     heads = config.pop("heads", config.get("num_attention_heads", width // 64))
     activation = config.pop("activation", config.get("hidden_act", "quick_gelu"))
+    side, size = round((tokens - 1) ** 0.5), config.get("image_size")
+    # Patches may leave a border.
+    size = size if isinstance(size, int) and size // patch == side else patch * side
     module = VisionTransformer(
-        size=patch * round((tokens - 1) ** 0.5),
+        size=size,
         patch=patch,
         width=width,
         layers=layers,

@@ -83,8 +83,10 @@ class Codebook(nn.Module):
         else:
             self.state = self.variable("codes", "state", self._initial_state)
 
-    def __call__(self, z: Array, *, train: bool = False) -> codes.Quantized:
-        """Quantises z [..., d]; with train=True running means learn from it."""
+    def __call__(
+        self, z: Array, *, train: bool = False, learn_if: Array | bool = True
+    ) -> codes.Quantized:
+        """Quantises z [..., d]; with train=True running means learn from it, where `learn_if`."""
         if z.shape[-1] != self.width:
             raise InputError(
                 f"codebook of {self.num_codes} codes x {self.width}: vectors have {z.shape[-1]} "
@@ -94,12 +96,15 @@ class Codebook(nn.Module):
         z = codes.unit(z) if self.distance == "cosine" else z
         flat = z.reshape(-1, self.width)
         if learning and self.kmeans_steps:
-            self._start(flat)
+            self._start(flat, learn_if)
         table = self.table()
         indices = codes.nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(table))
         chosen = table[indices]
         if learning:
-            self._learn(flat, indices.reshape(-1))
+            learnt = self._learn(flat, indices.reshape(-1))
+            self.state.value = jax.tree.map(
+                lambda new, old: jnp.where(learn_if, new, old), learnt, self.state.value
+            )
         through = codes.rotate if self.gradient == "rotation" else codes.straight_through
         values = through(z, chosen.astype(z.dtype))
         counts = codes.counts(indices, self.num_codes, self.axis_name)
@@ -123,7 +128,7 @@ class Codebook(nn.Module):
     def _initial_state(self) -> code_statistics.Statistics:
         return code_statistics.start(self._initial(self.make_rng("params")), debias=self.debias)
 
-    def _start(self, flat: Array) -> None:
+    def _start(self, flat: Array, learn_if: Array | bool) -> None:
         """Replaces the codes by those of k-means before the first update."""
         key, cosine = self.make_rng("codes"), self.distance == "cosine"
         state = self.state.value
@@ -139,9 +144,12 @@ class Codebook(nn.Module):
             )
             return code_statistics.start(centres, debias=self.debias)
 
-        self.state.value = jax.lax.cond(state.steps == 0, first, lambda: state)
+        self.state.value = jax.lax.cond(
+            jnp.logical_and(state.steps == 0, learn_if), first, lambda: state
+        )
 
-    def _learn(self, flat: Array, indices: Array) -> None:
+    def _learn(self, flat: Array, indices: Array) -> code_statistics.Statistics:
+        """The state after an update and, where they are wanted, restarts."""
         shared: dict[str, Any] = dict(
             decay=self.decay, debias=self.debias, axis_name=self.axis_name
         )
@@ -157,7 +165,7 @@ class Codebook(nn.Module):
         if self.restart_below > 0:
             key = self.make_rng("codes")
             state = code_statistics.restart(state, flat, key, below=self.restart_below, **shared)
-        self.state.value = state
+        return state
 
     def _loss(self, z: Array, chosen: Array) -> Array:
         z = z.astype(jnp.promote_types(z.dtype, chosen.dtype))

@@ -71,8 +71,10 @@ def load_neus(
         state_dict, nested or with the network's name before each array's.
       **config: fields of `SDFField` that arrays do not tell (`samples`, `outside`, ...), or
         sections of the published configuration (`sdf_network=dict(...)`, `neus_renderer=...`),
-        which are compared with the arrays. `color_space` is "bgr256" for names of released
-        checkpoints, whose images were BGR bytes over 256, else "rgb": pass it to overrule that.
+        which are compared with the arrays. A colour with six inputs beside the features has mode
+        "no_view_dir" unless it is said to have "no_normal". `color_space` is "bgr256" for names
+        of released checkpoints, whose images were BGR bytes over 256, else "rgb": pass it to
+        overrule that.
 
     Returns:
       The field, with as many `outside` samples as were asked for (by default 32 where there is a
@@ -85,9 +87,12 @@ def load_neus(
     name, found = state_dicts.arrays(source, wanted=lambda key: not key.startswith(_IGNORED))
     released = any(key.startswith("sdf_network_fine.") for key in found)
     found = {_renamed(key, name): x for key, x in found.items()}
-    sizes = _sizes(found, name)
     given = _fields(config, name)
-    told = {key: x for key, x in sizes.items() if key != "outside"}
+    sizes = _sizes(found, name, given.get("color_inputs"))
+    if "skips" in given:
+        # NeuS has no use for one behind the last layer.
+        given["skips"] = [i for i in given["skips"] if i <= sizes["layers"]]
+    told = {key: x for key, x in sizes.items() if key not in _untold(sizes)}
     state_dicts.compare_config({k: x for k, x in given.items() if k in told}, told, name)
     defaults = {"color_space": "bgr256" if released else "rgb"}
     given = {key: tuple(x) if isinstance(x, list) else x for key, x in given.items()}
@@ -167,8 +172,13 @@ def _section(network: str, said: str, values: Mapping[str, Any], name: str) -> d
     return given
 
 
-def _sizes(found: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    """Fields that the arrays tell."""
+def _untold(sizes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields among `_sizes` that are no more than defaults."""
+    return ("outside", "color_octaves") if sizes["color_inputs"] == "no_view_dir" else ("outside",)
+
+
+def _sizes(found: Mapping[str, np.ndarray], name: str, said: str | None) -> dict[str, Any]:
+    """Fields that the arrays tell; `said` is what was said of the colour's inputs."""
 
     def width(network: str, layer: str) -> tuple[int, ...]:
         key = f"{network}.{layer}.weight_v"
@@ -184,7 +194,9 @@ def _sizes(found: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     inputs = width("color", "lin0")[1] - features
     # Point, gradient and encoded direction are 3, 3 and 3 + 6 per octave.
     mode = {3: "idr", 0: "no_normal"}.get(inputs % 6, "?")
-    mode = "no_view_dir" if inputs == 6 else mode
+    # Six are a point and a gradient, or a point and a direction that is not encoded.
+    if inputs == 6:
+        mode = "no_normal" if said == "no_normal" else "no_view_dir"
     if encoded % 6 != 3 or mode == "?" or inputs < 6:
         raise InputError(
             f"{name}: the distance has {encoded} inputs and the colour {inputs} beside the "

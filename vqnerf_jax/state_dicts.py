@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from nvs_common import torch_weights
@@ -14,6 +13,8 @@ from nvs_common.errors import InputError
 
 # Names that an error lists one by one.
 MAX_LISTED = 40
+# Configurations with one of these are whole ones, which say more than what arrays are.
+_WHOLE = ("model_type", "_class_name")
 # What checkpoints keep their state_dict in.
 _WRAPPERS = ("state_dict", "model")
 
@@ -43,8 +44,12 @@ def arrays(
     for wrapper in _WRAPPERS:
         while isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    found = {key: x for key, x in _flat(content, "").items() if wanted(key)}
-    return name, {key: _float(x, f"{name}: {key}") for key, x in found.items()}
+    flat = _flat(content, "")
+    found = {torch_weights.unwrapped(key): x for key, x in flat.items()}
+    if len(found) < len(flat):
+        raise InputError(f"{name}: holds arrays twice, with and without {torch_weights.WRAPPERS}.")
+    found = {key: x for key, x in found.items() if wanted(key)}
+    return name, {key: torch_weights.floats(x, f"{name}: {key}") for key, x in found.items()}
 
 
 def check(
@@ -73,7 +78,8 @@ def get(found: Mapping[str, np.ndarray], key: str, rank: int, name: str, kind: s
       InputError: it is missing, empty or of another rank.
     """
     if key not in found or found[key].ndim != rank or 0 in found[key].shape:
-        was = f"shape {found[key].shape}" if key in found else "no such array"
+        there = ", ".join(sorted(found)[:3])
+        was = f"shape {found[key].shape}" if key in found else f"no such array, but {there}, ..."
         raise InputError(f"{name}: expected {key} of rank {rank}, found {was}; this is not {kind}.")
     return found[key]
 
@@ -90,9 +96,11 @@ def compare_config(
     """Compares a published configuration with what the arrays say.
 
     Raises:
-      InputError: a field that is unknown, or differs from the arrays.
+      InputError: a field that differs from the arrays, or is unknown and no part of a whole
+        configuration as transformers and diffusers write it.
     """
-    if unknown := sorted(given.keys() - known.keys() - set(ignored)):
+    unknown = sorted(given.keys() - known.keys() - set(ignored))
+    if unknown and not any(key in given for key in _WHOLE):
         raise InputError(f"{name}: unknown options {unknown}; known are {sorted(known)}.")
     for key in given.keys() & known.keys():
         value = given[key]
@@ -110,7 +118,7 @@ def _is_wanted(key: str, wanted: Callable[[str], bool]) -> bool:
     name = key.replace("/", ".")
     for wrapper in _WRAPPERS:
         name = name.removeprefix(f"{wrapper}.")
-    return wanted(name)
+    return wanted(torch_weights.unwrapped(name))
 
 
 def _flat(content: Mapping[str, Any], above: str) -> dict[str, Any]:
@@ -122,13 +130,3 @@ def _flat(content: Mapping[str, Any], above: str) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _float(value: Any, where: str) -> np.ndarray:
-    x = np.asarray(value)
-    if x.dtype.kind != "f" and x.dtype != jnp.bfloat16:
-        raise InputError(f"{where} is {x.dtype}, expected an array of floats.")
-    x = x if x.dtype == np.float64 else x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise InputError(f"{where} holds values that are not finite.")
-    return x

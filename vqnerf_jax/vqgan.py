@@ -127,12 +127,26 @@ class VQGAN(nn.Module):
         elif self.quantizer == "lfq":
             self.codebook = codebook.LFQ(self.code_width)
 
-    def __call__(self, images: Array, *, train: bool = False) -> Reconstruction:
-        """Encodes, quantises and decodes images; with train=True the codes learn."""
+    def __call__(
+        self, images: Array, *, train: bool = False, quantize_if: Array | bool = True
+    ) -> Reconstruction:
+        """Encodes, quantises and decodes images; with train=True the codes learn.
+
+        Args:
+          images: [b, h, w, 3].
+          train: whether running means of the codes learn.
+          quantize_if: where it is false, latents are decoded as they are, codes do not learn, and
+            the quantiser has no loss: an auto-encoder whose codes start later.
+        """
         latents = self.encode(images)
         if self.quantizer == "none":
             return Reconstruction(self.decode(latents), latents, None)
-        quantized = self.codebook(latents, train=train)
+        gate = {"learn_if": quantize_if} if self.quantizer == "vq" else {}
+        quantized = self.codebook(latents, train=train, **gate)
+        quantized = quantized.replace(
+            values=jnp.where(quantize_if, quantized.values, latents),
+            loss=jnp.where(quantize_if, quantized.loss, 0.0),
+        )
         return Reconstruction(self.decode(quantized.values), latents, quantized)
 
     def encode(self, images: Array) -> Array:

@@ -33,6 +33,8 @@ class Weights:
       perceptual_weight: of LPIPS; needs its file.
       lpips_weights: that file, see `nvs_common.perceptual`.
       quantizer_weight: of the quantiser's own loss.
+      quantizer_start: step from which on latents are quantised, and codes learn. What codes do not
+        tell apart at their start, such as colours, neither decoder nor encoder learns later.
       gan_weight: of the adversarial loss, times the adaptive weight.
       gan_start: step from which on there is one.
     """
@@ -41,6 +43,7 @@ class Weights:
     perceptual_weight: float = 1.0
     lpips_weights: str = ""
     quantizer_weight: float = 1.0
+    quantizer_start: int = 0
     gan_weight: float = 0.8
     gan_start: int = 0
 
@@ -118,9 +121,9 @@ def make_parts(config: Any) -> Parts:
 
 def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) -> tuple[Array, Aux]:
     """The loss of images [n, h, w, 3] in [0, 1], and the terms by name."""
-    module, weights = parts.module, parts.weights
+    weights = parts.weights
     params, step = variables["params"], variables["schedule"]["step"]
-    made, state = _reconstruct(module, variables, images, key)
+    made, state = _reconstruct(parts, variables, images, key)
     terms = {"l1": losses.l1(made.images, images)}
     values = {"psnr": jnp.mean(metrics.psnr(made.images, images))}
     if parts.lpips is not None:
@@ -185,14 +188,17 @@ def param_axes(parts: Parts) -> dict[str, Names]:
 
 
 def _reconstruct(
-    module: vqgan.VQGAN, variables: Variables, images: Array, key: Array
+    parts: Parts, variables: Variables, images: Array, key: Array
 ) -> tuple[vqgan.Reconstruction, dict[str, Any]]:
     """Images through the auto-encoder, whose codes learn; and their new state."""
+    start = parts.weights.quantizer_start
     held: dict[str, Any] = {"params": variables["params"]["vqgan"]}
     mutable = ["codes"] if "codes" in variables else []
     held |= {name: variables[name] for name in mutable}
     options: Any = dict(train=True, mutable=mutable, rngs={"codes": key})
-    made, state = module.apply(held, 2 * images - 1, **options)
+    if start:
+        options["quantize_if"] = variables["schedule"]["step"] >= start
+    made, state = parts.module.apply(held, 2 * images - 1, **options)
     made = cast(vqgan.Reconstruction, made)
     return dataclasses.replace(made, images=(made.images + 1) / 2), dict(state)
 

@@ -85,6 +85,7 @@ _BACK_TO_TAMING = (
 _SILENT = (
     *("_class_name", "_diffusers_version", "sample_size", "scaling_factor", "force_upcast"),
     *("lookup_from_codebook", "dropout", "resolution", "attn_resolutions", "resamp_with_conv"),
+    "attn_type",
 )
 
 
@@ -116,6 +117,10 @@ def load_vqgan(
     theirs = {key: x for key, x in config.items() if key not in fields and x is not None}
     if "norm_num_groups" in theirs:
         ours.setdefault("groups", theirs["norm_num_groups"])
+    if "ch" in theirs and "ch_mult" in theirs:
+        # Their products alone are sizes of arrays.
+        width, factors = theirs.pop("ch"), theirs.pop("ch_mult")
+        theirs["block_out_channels"] = [width * factor for factor in factors]
     module = _module(found, name, ours)
     state_dicts.compare_config(theirs, _published_config(module), name, _SILENT)
     table = _table(module)
@@ -236,7 +241,7 @@ def _published_config(module: vqgan.VQGAN) -> dict[str, Any]:
         norm_type="group",
         act_fn="silu",
         mid_block_add_attention=module.mid_attention,
-        double_z=False,
+        **dict.fromkeys(("double_z", "tanh_out", "give_pre_end", "use_linear_attn"), False),
         z_channels=module.latent_channels,
         out_ch=module.out_channels,
         ch=first,

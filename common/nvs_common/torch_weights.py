@@ -1,4 +1,4 @@
-"""Arrays of foreign checkpoints (.pt, .pth, .ckpt, .safetensors, .npz), read without PyTorch.
+"""Arrays of foreign checkpoints (.pt, .pth, .ckpt, .bin, .safetensors, .npz), without PyTorch.
 
 Nothing of a file is ever imported, called or executed, see `torch_archive`.
 """
@@ -18,8 +18,11 @@ from nvs_common import torch_archive
 from nvs_common.errors import InputError
 from nvs_common.torch_archive import Name, Storage, Tensor
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
+
+# What data parallelism and compilation put before every name.
+WRAPPERS = ("module.", "_orig_mod.")
 
 # Far above what checkpoints need, and small enough to be refused in seconds.
 _MAX_VALUES = 2**22
@@ -37,8 +40,8 @@ def read(
     """Reads the content of a file of weights.
 
     Args:
-      path: a .pt, .pth or .ckpt that torch.save has written (zip format, PyTorch 1.6 or newer), a
-        .safetensors or an .npz file.
+      path: a .pt, .pth, .ckpt or .bin that torch.save has written (zip format, PyTorch 1.6 or
+        newer), a .safetensors or an .npz file.
       wanted: name of an array ("model/blocks.0.weight", levels separated by /) -> whether to
         read it; the others are left out.
 
@@ -58,6 +61,36 @@ def read(
         raise InputError(f"{path}: weights are read from {', '.join(SUFFIXES)} files.")
     with torch_archive.whole(path):
         return readers[path.suffix](path, wanted)
+
+
+def floats(value: Any, where: str) -> np.ndarray:
+    """A checkpoint's value as an array: float64 stays, what has fewer bits becomes float32.
+
+    Args:
+      value: an array, or a tensor of PyTorch.
+      where: the file and the array's name, for the error.
+
+    Raises:
+      InputError: no floats, or some that are not finite.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        # NumPy has no type for these, and PyTorch does not convert them.
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    x = np.asarray(value)
+    if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+        raise InputError(f"{where} is {x.dtype}, expected an array of floats.")
+    x = x if x.dtype == np.float64 else x.astype(np.float32)
+    if not np.isfinite(x).all():
+        raise InputError(f"{where} holds values that are not finite.")
+    return x
+
+
+def unwrapped(name: str) -> str:
+    """The name of an array without what `WRAPPERS` put before it."""
+    while short := next((w for w in WRAPPERS if name.startswith(w)), ""):
+        name = name.removeprefix(short)
+    return name
 
 
 def _read_npz(path: pathlib.Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
