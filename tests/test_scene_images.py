@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nvs_common.data import distortion, images, scenes
 from nvs_common.errors import InputError
@@ -256,3 +258,75 @@ def test_other_kinds_of_pixels_keep_their_values(tmp_path, kind):
         mode = {"grey": "L", "grey alpha": "LA", "palette": "P", "cmyk": "CMYK"}[kind]
         (grey.convert("RGB") if mode == "CMYK" else grey).convert(mode).save(path)
     np.testing.assert_allclose(images.decode(path), expected, atol=0.006)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_colours_of_16_bits_are_read_to_8(tmp_path, mode):
+    channels = len(mode)
+    pixels = np.full((3, 4, channels), 40_000, ">u2")
+    pixels[..., 3 if mode == "RGBA" else 1 if mode == "LA" else 3 :] = 65_535
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", 4, 3, 16, {"LA": 4, "RGB": 2, "RGBA": 6}[mode], 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + checksum
+    (tmp_path / "a.png").write_bytes(content)
+    np.testing.assert_array_equal(images.decode(tmp_path / "a.png"), np.float32(156) / 255)
+
+
+def save_turned(image: np.ndarray, path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(image).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("layout", ["transforms", "opencv_dict", "colmap_txt", "llff", "spaces"])
+@pytest.mark.parametrize("turn", [3, 6])
+def test_stored_rows_of_the_declared_size_are_kept_whatever_exif_says(tmp_path, layout, turn):
+    rig = writers.make_rig(simple=True)
+    path = writers.WRITERS[layout](rig, tmp_path)
+    for file in tmp_path.rglob("*.png"):
+        save_turned(rig.images[rig.names.index(file.name)], file, turn)
+    scene = scenes.load_scene(path)
+    np.testing.assert_array_equal(scene.images([2])[0], rig.images[2] / np.float32(255))
+
+
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_an_image_is_turned_where_only_that_gives_the_declared_size(tmp_path, turn):
+    rig = writers.make_rig()
+    path = writers.write_transforms(rig, tmp_path)
+    rgba = np.concatenate([rig.images, rig.images[..., :1]], axis=-1)
+    for name, image in zip(rig.names, rgba, strict=True):
+        save_turned(np.swapaxes(image, 0, 1), path / "images" / name, turn)
+    scene = scenes.load_scene(path)
+    assert (scene.cameras.height, scene.cameras.width) == (rig.height, rig.width)
+    with Image.open(path / "images" / rig.names[1]) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image), np.float32) / 255
+    np.testing.assert_array_equal(scene.masks([1])[0], expected[..., 3])
+    white = expected[..., :3] * expected[..., 3:] + (1 - expected[..., 3:])
+    np.testing.assert_array_equal(scene.images([1])[0], white)
+
+
+def test_aspects_decide_how_a_smaller_copy_is_turned(tmp_path):
+    rig = writers.make_rig(height=66, width=98)
+    small = writers.make_rig(height=17, width=25)
+    path = writers.write_transforms(rig, tmp_path)
+    for i, name in enumerate(rig.names):
+        picture = small.images[i] if i < 2 else np.rot90(small.images[i])
+        (path / "images" / name).unlink()
+        (path / "images_4").mkdir(exist_ok=True)
+        save_turned(picture, path / "images_4" / name, 6)
+    scene = scenes.load_scene(path)
+    np.testing.assert_array_equal(scene.images(range(4)), small.images / np.float32(255))
+    expected = rig.intrinsics * [25 / 98, 17 / 66, 25 / 98, 17 / 66]
+    np.testing.assert_allclose(scene.cameras.intrinsics, [expected] * 4)
+
+
+def test_the_very_size_decides_where_rounding_would_let_both_pass(tmp_path):
+    image = writers.make_rig(height=40, width=41).images[0]
+    save_turned(image, tmp_path / "a.png", 8)
+    assert images.probe(tmp_path / "a.png", declared=(40, 41)) == (40, 41)
+    assert images.probe(tmp_path / "a.png", declared=(41, 40)) == (41, 40)
+    with pytest.raises(InputError, match="EXIF orientation 8"):
+        images.probe(tmp_path / "a.png", declared=(400, 402))

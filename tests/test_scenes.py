@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from nvs_common.data import point_cloud, scenes
+from nvs_common.data import image_folder, point_cloud, scenes
 from nvs_common.errors import InputError
 from tests import scene_writers as writers
 
@@ -115,6 +115,72 @@ def test_a_frame_may_have_its_own_intrinsics(tmp_path):
     (tmp_path / "transforms.json").write_text(json.dumps(content))
     focal = scenes.load_scene(tmp_path).cameras.intrinsics[:, 0]
     np.testing.assert_allclose(focal, [rig.intrinsics[0]] * 3 + [33.0])
+
+
+ANGLE = 20 / np.tan(0.5)  # focal length of 40 pixels seen under an angle of 1
+
+
+@pytest.mark.parametrize(
+    "shared, own, expected",
+    [
+        (dict(camera_angle_x=1, cx=15, cy=10), {}, [ANGLE, ANGLE, 15, 10]),
+        (dict(camera_angle_x=1, cy=10), {}, [ANGLE, ANGLE, 20, 10]),
+        (dict(camera_angle_x=1, fl_y=70), {}, [ANGLE, 70, 20, 15]),
+        (dict(camera_angle_x=1, camera_angle_y=1), {}, [ANGLE, 0.75 * ANGLE, 20, 15]),
+        (dict(fl_x=35, camera_angle_y=1), {}, [35, 0.75 * ANGLE, 20, 15]),
+        (dict(fl_x=35, camera_angle_x=1, camera_angle_y=2, fl_y=36), {}, [35, 36, 20, 15]),
+        (dict(fl_x=35, cx=15), dict(cx=16, camera_angle_y=1), [35, 0.75 * ANGLE, 16, 15]),
+        (dict(fl_x=35, fl_y=36), dict(camera_angle_x=1), [ANGLE, 36, 20, 15]),
+        (dict(camera_angle_x=1), dict(fl_x=35), [35, 35, 20, 15]),
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_each_of_the_intrinsics_is_settled_by_itself(tmp_path, shared, own, expected, factor):
+    rig = writers.make_rig(height=30 // factor, width=40 // factor)
+    file = writers.write_transforms(rig, tmp_path) / "transforms.json"
+    frames = [frame | own for frame in json.loads(file.read_text())["frames"]]
+    file.write_text(json.dumps(dict(w=40, h=30, frames=frames, **shared)))
+    expected = [np.array(expected) / factor] * len(frames)
+    np.testing.assert_allclose(scenes.load_scene(tmp_path).cameras.intrinsics, expected)
+
+
+@pytest.mark.parametrize("layout", ["llff", "neus", "realestate", "colmap_txt"])
+def test_hidden_files_of_a_file_system_are_no_images(tmp_path, layout):
+    rig = writers.make_rig(simple=True)
+    path = writers.WRITERS[layout](rig, tmp_path)
+    for folder in [path for path in tmp_path.rglob("*") if path.is_dir()]:
+        (folder / ".DS_Store").write_text("x")
+        (folder / "._100.png").write_bytes(b"\0\5")
+    assert scenes.load_scene(path).names == tuple(rig.names)
+    for folder in (tmp_path / "images", tmp_path / "image", tmp_path / "clip"):
+        if folder.is_dir():
+            assert image_folder.load(str(folder), size=(6, 8)).names == tuple(rig.names)
+
+
+def test_an_absolute_path_in_the_scene_is_taken(tmp_path):
+    rig = writers.make_rig()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    file = writers.write_transforms(rig, tmp_path / "real") / "transforms.json"
+    content = json.loads(file.read_text())
+    for frame, root in zip(content["frames"], ["real", "link", "real", "real"], strict=True):
+        frame["file_path"] = str(tmp_path / root / frame["file_path"])
+    file.write_text(json.dumps(content))
+    for root in ("real", "link"):
+        assert scenes.load_scene(tmp_path / root).names == tuple(rig.names)
+
+
+def test_a_colmap_model_beside_the_images_is_found(tmp_path):
+    rig = writers.make_rig()
+    writers.write_colmap_txt(rig, tmp_path / "a", folder="colmap/sparse/0")
+    scene = scenes.load_scene(tmp_path / "a")
+    assert scene.source == "COLMAP" and scene.names == tuple(rig.names)
+    # nerfstudio's own file, in its own frame, comes first.
+    writers.write_transforms(rig, tmp_path / "a")
+    assert scenes.load_scene(tmp_path / "a").source == "transforms.json"
+    # A folder of scenes is none, whatever they are called.
+    writers.write_colmap_txt(rig, tmp_path / "b" / "colmap")
+    assert scenes.find_scenes(tmp_path / "b") == [tmp_path / "b" / "colmap"]
 
 
 def test_the_rig_position_of_a_spaces_scene_is_chosen(tmp_path):

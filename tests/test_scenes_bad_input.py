@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvs_common.data import scene_files, scenes
+from nvs_common.data import distortion, scene_files, scenes
 from nvs_common.errors import InputError
 from tests import scene_writers as writers
 from tests.scene_writers import refused
@@ -58,7 +58,7 @@ FRAME = "102.png"
 
 def test_missing_frame(edit, tmp_path):
     (tmp_path / "images" / FRAME).unlink()
-    refused(tmp_path, str(edit.file), FRAME, "missing")
+    refused(tmp_path, str(edit.file), FRAME, "missing", "load_scene(path, strict=False)")
 
 
 def test_empty_scene(edit):
@@ -145,7 +145,20 @@ def test_link_out_of_the_scene(edit, tmp_path):
     Image.new("RGB", (16, 12)).save(target)
     (tmp_path / "images" / FRAME).unlink()
     (tmp_path / "images" / FRAME).symlink_to(target)
-    refused(tmp_path, str(edit.file), FRAME, "link out of the scene")
+    refused(tmp_path, str(edit.file), FRAME, "link out of the scene", f"the file {tmp_path}")
+
+
+def test_folder_of_images_that_is_a_link_out_of_the_scene(edit, tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "pictures"
+    (tmp_path / "images").rename(elsewhere)
+    (tmp_path / "images").symlink_to(elsewhere)
+    link = f"the folder {tmp_path / 'images'} is a link out of the scene's folder, to {elsewhere}"
+    refused(tmp_path, str(edit.file), link, "put a copy in the link's place")
+
+
+@pytest.mark.parametrize("name", [".", "./", "images"])
+def test_image_that_is_a_folder(edit, name):
+    refused(edit(set_in_frame("file_path", name)), str(edit.file), "missing")
 
 
 @pytest.mark.parametrize(
@@ -188,11 +201,31 @@ def test_distortion_that_folds_the_image(tmp_path, rig):
     refused(path, "transforms.json", "103.png", "folds")
 
 
-def test_angle_of_view(tmp_path, rig):
+def test_distortion_around_a_point_outside_of_the_image(tmp_path, rig):
+    with pytest.raises(InputError, match="principal point -6, 15 is outside of the image") as error:
+        lens = distortion.Distortion((-0.05, 0.0, 0.0, 0.0))
+        distortion.pinhole(lens, np.array([40.0, 40.0, -6.0, 15.0]), 30, 40)
+    assert "folds" not in str(error.value)
+    # A lens that folds there too is still said to fold.
+    path = writers.write_transforms(rig, tmp_path, k1=-44.0, cx=-1.0)
+    refused(path, "transforms.json", "103.png", "folds")
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_angle_of_view(tmp_path, rig, axis):
     file = writers.write_blender(rig, tmp_path) / "transforms_val.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps(dict(content, camera_angle_x=40.0)))
-    refused(tmp_path, str(file), "camera_angle_x 40")
+    content[f"camera_angle_{axis}"] = 40.0
+    file.write_text(json.dumps(content))
+    refused(tmp_path, str(file), f"camera_angle_{axis} 40")
+
+
+def test_a_focal_length_that_is_nowhere(tmp_path, rig):
+    file = writers.write_blender(rig, tmp_path) / "transforms_val.json"
+    content = json.loads(file.read_text())
+    del content["camera_angle_x"]
+    file.write_text(json.dumps(content))
+    refused(tmp_path, str(file), "neither fl_x nor camera_angle_x")
 
 
 # ---- Images.
@@ -237,11 +270,38 @@ def test_image_with_a_huge_header(image):
     refused(image.parent.parent, FRAME)
 
 
-def test_image_turned_by_exif(image):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (16, 12)).save(image, exif=exif)
+@pytest.mark.parametrize("turn", [3, 6])
+def test_square_image_turned_by_exif(tmp_path, turn):
+    path = writers.write_opencv(writers.make_rig(height=16, width=16), tmp_path) / "images" / FRAME
+    save_turned(path, turn)
+    refused(tmp_path, FRAME, f"EXIF orientation {turn}")
+
+
+def test_image_turned_by_exif_without_a_declared_size(tmp_path, rig):
+    path = writers.write_blender(rig, tmp_path) / FRAME
+    save_turned(path, 6)
+    refused(tmp_path, FRAME, "EXIF orientation 6", "rotate the pixels")
+
+
+def test_image_turned_by_exif_of_another_aspect_than_declared(image):
+    with Image.open(image) as stored:
+        stored.crop((0, 0, 10, 4)).save(image)
+    save_turned(image, 6)
     refused(image.parent.parent, FRAME, "EXIF orientation 6")
+
+
+def test_tiff_turned_by_exif(image):
+    """Pillow turns it by itself, whatever the camera is for."""
+    save_turned(image, 6, format="TIFF")
+    refused(image.parent.parent, FRAME, "EXIF orientation 6")
+
+
+def save_turned(path, turn, **options):
+    """Gives an image an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    with Image.open(path) as image:
+        image.save(path, exif=exif, **options)
 
 
 def test_image_without_a_known_range(image):

@@ -54,11 +54,10 @@ def read_llff(path: pathlib.Path, options: Options) -> Loaded:
         pose = np.stack([right, down, -back, centre], axis=1)
         if not np.all(np.isfinite(row)):
             raise InputError(f"{path}: frame {file.name!r}: the row holds NaN or infinity.")
-        lens = scene_formats.pixel_lens(
-            np.array([focal, focal, width / 2, height / 2]), (round(height), round(width))
-        )
-        name = file.relative_to(root).as_posix()
-        posed.append(Posed(name, pose, lens, near=float(row[15]), far=float(row[16])))
+        declared = (round(height), round(width))
+        lens = scene_formats.pixel_lens(np.array([focal, focal, width / 2, height / 2]), declared)
+        name, (near, far) = file.relative_to(root).as_posix(), row[15:].tolist()
+        posed.append(Posed(name, pose, lens, near=near, far=far, declared=declared))
     frames = scene_formats.build_frames(posed, root, path)
     return Loaded(tuple(frames), "LLFF", root, "poses_bounds.npy")
 

@@ -24,6 +24,13 @@ def find_model(folder: pathlib.Path) -> pathlib.Path | None:
     return next((path for path in tries if colmap.has_model(path)), None)
 
 
+def find_beside(folder: pathlib.Path) -> pathlib.Path | None:
+    """The model in `colmap` beside the images of a scene folder, as nerfstudio leaves it."""
+    if not any((folder / name).is_dir() for name in IMAGE_FOLDERS):
+        return None  # a folder of scenes, one of which has the name `colmap`
+    return find_model(folder / "colmap")
+
+
 def scene_root(model: pathlib.Path) -> pathlib.Path:
     """The folder that holds the images of a model folder such as x/sparse/0."""
     model = model.absolute()
@@ -57,9 +64,11 @@ def read(model_folder: pathlib.Path, options: Options) -> Loaded:
     posed, seen = [], {}
     for image in model.images:
         camera = model.cameras[image.camera]
-        lens = scene_formats.pixel_lens(camera.intrinsics, (camera.height, camera.width))
+        declared = (camera.height, camera.width)
+        lens = scene_formats.pixel_lens(camera.intrinsics, declared)
         pose = scene_formats.invert(image.cam_from_world)
-        posed.append(Posed(prefix + image.name, pose, lens, camera.distortion))
+        item = Posed(prefix + image.name, pose, lens, camera.distortion, declared=declared)
+        posed.append(item)
         seen[prefix + image.name] = image.seen
     if not posed:
         raise InputError(f"{model_folder}: the scene is empty: the model has no images.")

@@ -107,7 +107,8 @@ def pinhole(distortion: Distortion, intrinsics: np.ndarray, height: int, width: 
       [4] fx, fy, cx, cy.
 
     Raises:
-      InputError: where the distortion folds the image over itself even at the largest zoom.
+      InputError: where the distortion folds the image over itself even at the largest zoom, or
+        nothing but stored pixels cannot be had since the principal point is outside the image.
     """
     uv = _border(height, width)
     reach = _fold_radius(distortion)
@@ -121,10 +122,7 @@ def pinhole(distortion: Distortion, intrinsics: np.ndarray, height: int, width: 
         return bool(np.all((source >= 0) & (source <= [width, height])))
 
     if not whole(MAX_ZOOM):
-        raise InputError(
-            f"distortion {distortion.radial} {distortion.tangential} folds the image over itself; "
-            "check the coefficients (they belong to normalised, not pixel, coordinates)"
-        )
+        raise InputError(_why_not(distortion, intrinsics, height, width, reach))
     low, high = MIN_ZOOM, MAX_ZOOM
     if whole(low):
         return _zoomed(intrinsics, low)
@@ -132,6 +130,26 @@ def pinhole(distortion: Distortion, intrinsics: np.ndarray, height: int, width: 
         middle = (low + high) / 2
         low, high = (low, middle) if whole(middle) else (middle, high)
     return _zoomed(intrinsics, high)
+
+
+def _why_not(
+    distortion: Distortion, intrinsics: np.ndarray, height: int, width: int, reach: float
+) -> str:
+    """Why no zoom gives a pinhole image of stored pixels alone."""
+    ideal = _zoomed(intrinsics, MAX_ZOOM)
+    folds = np.max(np.linalg.norm(normalised(ideal, _border(height, width)), axis=-1)) > reach
+    cx, cy = intrinsics[2:]
+    # Zooming in leads towards the principal point, and so out of the image.
+    if not folds and not (0 <= cx <= width and 0 <= cy <= height):
+        return (
+            f"the principal point {cx:g}, {cy:g} is outside of the image ({width} x {height} "
+            "pixels), and distortion is only removed around one inside; check cx and cy, or "
+            "undistort the images first"
+        )
+    return (
+        f"distortion {distortion.radial} {distortion.tangential} folds the image over itself; "
+        "check the coefficients (they belong to normalised, not pixel, coordinates)"
+    )
 
 
 def _zoomed(intrinsics: np.ndarray, zoom: float) -> np.ndarray:

@@ -27,6 +27,13 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 MAX_PIXELS = 150_000_000
 _ORIENTATION = 0x0112
+# EXIF orientations of an image whose rows are columns in the file: how it is put upright.
+_QUARTER_TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Window(NamedTuple):
@@ -39,40 +46,55 @@ class Window(NamedTuple):
 
 
 def is_image(path: pathlib.Path) -> bool:
-    """Whether the file's name ends like an image's."""
-    return path.suffix.lower() in EXTENSIONS
+    """Whether the file's name ends like an image's, and is not a hidden one (macOS's `._a.png`)."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
-def probe(path: pathlib.Path, packed: Packed | None = None) -> tuple[int, int]:
-    """Rows and columns of a stored image, from its header alone.
+def same_aspect(size: tuple[int, int], declared: tuple[int, int]) -> bool:
+    """Whether two sizes (rows, columns) differ by one factor, up to a pixel of rounding."""
+    (height, width), (rows, columns) = size, declared
+    low = max((width - 1) / columns, (height - 1) / rows)
+    return low <= min((width + 1) / columns, (height + 1) / rows)
+
+
+def probe(
+    path: pathlib.Path, packed: Packed | None = None, declared: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Rows and columns of an image as `decode` gives it, from its header alone.
 
     Args:
       path: the file; of an image in an archive, what messages call it.
       packed: where the image is in an archive.
+      declared: rows and columns that the image's camera is for, or those of a larger copy. They
+        decide whether an image that EXIF turns is turned; without them it is refused.
 
     Raises:
       InputError: missing, empty, unreadable, not an image, too large, or turned by EXIF.
     """
     with _open(path, packed) as image:
-        return image.height, image.width
+        turned = _turn(image, path, declared) is not None
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decode(path: pathlib.Path, packed: Packed | None = None) -> np.ndarray:
+def decode(
+    path: pathlib.Path, packed: Packed | None = None, declared: tuple[int, int] | None = None
+) -> np.ndarray:
     """An image as float32 [h, w, 3] in [0, 1].
 
-    Grey becomes RGB, 16-bit values are scaled by 65535, and straight alpha is composited on
-    white here, before any resampling, so that hidden colours never bleed into the edge.
+    Grey becomes RGB. 16-bit grey is scaled by 65535; of 16-bit colours, and of grey with alpha,
+    the upper 8 bits are read. Straight alpha is composited on white here, before any resampling,
+    so that hidden colours never bleed into the edge.
 
     Args:
       path: as of `probe`.
       packed: as of `probe`.
+      declared: as of `probe`.
 
     Raises:
       InputError: as `probe`, or the data ends early or is damaged, or holds other values.
     """
     with _open(path, packed) as image:
-        _load(image, path)
-        return _to_rgb(image, path)
+        return _to_rgb(_upright(image, path, declared), path)
 
 
 def has_alpha(path: pathlib.Path, packed: Packed | None = None) -> bool:
@@ -81,15 +103,17 @@ def has_alpha(path: pathlib.Path, packed: Packed | None = None) -> bool:
         return image.mode in ("RGBA", "LA", "La", "RGBa")
 
 
-def decode_alpha(path: pathlib.Path, packed: Packed | None = None) -> np.ndarray:
+def decode_alpha(
+    path: pathlib.Path, packed: Packed | None = None, declared: tuple[int, int] | None = None
+) -> np.ndarray:
     """The alpha channel of an image that has one: float32 [h, w] in [0, 1].
 
     Raises:
       InputError: as `decode`.
     """
     with _open(path, packed) as image:
-        _load(image, path)
-        return np.asarray(image.getchannel(image.getbands()[-1]), np.float32) / 255
+        upright = _upright(image, path, declared)
+        return np.asarray(upright.getchannel(upright.getbands()[-1]), np.float32) / 255
 
 
 def _open(path: pathlib.Path, packed: Packed | None) -> Image.Image:
@@ -113,13 +137,18 @@ def _open(path: pathlib.Path, packed: Packed | None) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image, path: pathlib.Path) -> None:
+def _upright(
+    image: Image.Image, path: pathlib.Path, declared: tuple[int, int] | None
+) -> Image.Image:
+    """The decoded image, turned where `_turn` says so."""
+    turn = _turn(image, path, declared)
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(
             f"{path}: cannot be decoded ({error}); the file is damaged or cut short."
         ) from error
+    return image if turn is None else image.transpose(turn)
 
 
 def _check(image: Image.Image, path: pathlib.Path) -> None:
@@ -127,15 +156,37 @@ def _check(image: Image.Image, path: pathlib.Path) -> None:
         raise InputError(
             f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed."
         )
+
+
+def _turn(
+    image: Image.Image, path: pathlib.Path, declared: tuple[int, int] | None
+) -> Image.Transpose | None:
+    """How an image is turned to become the one that its camera describes; None for not at all.
+
+    Structure from motion mostly reads the stored rows, whatever EXIF says of them: they are kept
+    where their size can be the camera's. Where only the turned size can be, the image is turned.
+    """
     # Asking a PNG without EXIF for its EXIF would decode it.
-    if "exif" in image.info or image.format == "TIFF":
-        turn = image.getexif().get(_ORIENTATION, 1)
-        if turn not in (0, 1):
-            raise InputError(
-                f"{path}: EXIF orientation {turn} turns the image away from its stored rows, and "
-                "cameras do not say which of the two they describe; rotate the pixels and drop "
-                "the tag."
-            )
+    if "exif" not in image.info and image.format != "TIFF":
+        return None
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in (0, 1):
+        return None
+    stored, turned = (image.height, image.width), (image.width, image.height)
+    # Pillow turns a TIFF by itself, so that its stored rows are out of reach.
+    if declared is not None and min(declared) > 0 and image.format != "TIFF":
+        if orientation in _QUARTER_TURNS:
+            # Where rounding lets both sizes pass, the very size decides.
+            for fits in (same_aspect, tuple.__eq__):
+                if fits(stored, declared) != fits(turned, declared):
+                    return None if fits(stored, declared) else _QUARTER_TURNS[orientation]
+        elif stored != turned and same_aspect(stored, declared):
+            return None
+    raise InputError(
+        f"{path}: EXIF orientation {orientation} turns the image away from its stored rows, and "
+        "its camera does not say by a width and height which of the two it describes; rotate the "
+        "pixels and drop the tag."
+    )
 
 
 def _to_rgb(image: Image.Image, path: pathlib.Path) -> np.ndarray:

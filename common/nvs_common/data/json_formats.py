@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,9 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
     """nerfstudio, instant-ngp and Blender transforms*.json; several are put together.
 
     Poses are world_from_cam with OpenGL axes. Intrinsics at the top may be replaced by a
-    frame's own; `camera_angle_x` is used where there is no `fl_x`. Distortion k1..k4, p1, p2
-    as in nerfstudio (k3, k4 multiply r^6, r^8). Near and far come from `ply_file_path`.
+    frame's own; `camera_angle_x` is used where there is no `fl_x`, and likewise for y. Distortion
+    k1..k4, p1, p2 as in nerfstudio (k3, k4 multiply r^6, r^8). Near and far come from
+    `ply_file_path`.
     """
     options.refuse("transforms.json", "rig")
     frames, bounds, clouds = [], None, []
@@ -74,7 +76,8 @@ def read_transforms(paths: list[pathlib.Path], options: Options) -> Loaded:
         frames += built
     # Files without points leave their frames without depths: then geometry decides for all.
     bounds = bounds if all(frame.near is not None for frame in frames) else None
-    points = None if bounds is None else SparsePoints(np.concatenate(clouds))
+    # Several files often name one cloud.
+    points = None if bounds is None else SparsePoints(np.unique(np.concatenate(clouds), axis=0))
     return Loaded(tuple(frames), "transforms.json", root, bounds, points=points)
 
 
@@ -98,41 +101,69 @@ def _transforms_frame(
     shape = (3, 4) if isinstance(rows, list) and len(rows) == 3 else (4, 4)
     gl = scene_files.matrix(rows, shape, f"{where}: transform_matrix")
     lens_keys = {**{k: v for k, v in shared.items() if k != "frames"}, **frame}
+    declared = _declared(lens_keys, where)
     if options.image_folder is not None:
         # PurePosixPath would keep a Windows path whole.
         name = f"{options.image_folder}/{name.replace(chr(92), '/').rsplit('/', 1)[-1]}"
     return Posed(
         name,
         gl @ scene_formats.OPENGL,
-        _transforms_lens(lens_keys, where),
+        _transforms_lens(frame, shared, declared, where),
         _transforms_distortion(lens_keys, where),
         mask=_image(frame, "mask_path", path) if "mask_path" in frame else None,
+        declared=declared,
     )
 
 
-def _transforms_lens(keys: dict[str, Any], where: str) -> scene_formats.Lens:
-    def get(key: str) -> float | None:
-        return scene_files.number(keys[key], f"{where}: {key}") if key in keys else None
+def _declared(keys: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Rows and columns that the intrinsics are for, where both are given."""
+    if "w" not in keys or "h" not in keys:
+        return None
+    width, height = (scene_files.number(keys[key], f"{where}: {key}") for key in ("w", "h"))
+    return round(height), round(width)
 
-    width, height = get("w"), get("h")
-    declared = None if width is None or height is None else (round(height), round(width))
-    fx, fy = get("fl_x"), get("fl_y")
-    if fx is None:
-        angle_x, angle_y = get("camera_angle_x"), get("camera_angle_y")
-        if angle_x is None:
-            raise InputError(f"{where}: neither fl_x nor camera_angle_x is given; add one.")
-        if not 0 < angle_x < np.pi or not 0 < (angle_y or angle_x) < np.pi:
-            raise InputError(f"{where}: camera_angle_x {angle_x:g}; expected 0 to pi radians.")
-        return scene_formats.view_angle_lens(angle_x, angle_y)
-    fy = fx if fy is None else fy
-    cx, cy = get("cx"), get("cy")
 
-    def lens(rows: int, columns: int) -> np.ndarray:
-        full_rows, full_columns = declared or (rows, columns)
-        centre = (full_columns / 2 if cx is None else cx, full_rows / 2 if cy is None else cy)
-        return scene_formats.pixel_lens(np.array([fx, fy, *centre]), declared)(rows, columns)
+def _transforms_lens(
+    frame: dict[str, Any], shared: dict[str, Any], declared: tuple[int, int] | None, where: str
+) -> scene_formats.Lens:
+    """Each of fx, fy, cx, cy from what is given of it; square pixels and the centre otherwise."""
+    focal_x, focal_y = (_focal(axis, (frame, shared), where) for axis in "xy")
+    if focal_x is None:
+        raise InputError(f"{where}: neither fl_x nor camera_angle_x is given; add one.")
+    keys = {**shared, **frame}
+    cx, cy = (
+        scene_files.number(keys[key], f"{where}: {key}") if key in keys else None
+        for key in ("cx", "cy")
+    )
+
+    def lens(height: int, width: int) -> np.ndarray:
+        rows, columns = declared or (height, width)
+        fx = focal_x(columns)
+        fy = fx if focal_y is None else focal_y(rows)
+        centre = (columns / 2 if cx is None else cx, rows / 2 if cy is None else cy)
+        return scene_formats.pixel_lens(np.array([fx, fy, *centre]), declared)(height, width)
 
     return lens
+
+
+def _focal(
+    axis: str, sources: tuple[dict[str, Any], ...], where: str
+) -> Callable[[int], float] | None:
+    """Image size along an axis -> focal length, from the first source that gives it, or None.
+
+    In one source a focal length beats an angle: instant-ngp writes both, and only the first is
+    calibrated.
+    """
+    for keys in sources:
+        if (name := f"fl_{axis}") in keys:
+            focal = scene_files.number(keys[name], f"{where}: {name}")
+            return lambda size: focal
+        if (name := f"camera_angle_{axis}") in keys:
+            angle = scene_files.number(keys[name], f"{where}: {name}")
+            if not 0 < angle < np.pi:
+                raise InputError(f"{where}: {name} {angle:g}; expected 0 to pi radians.")
+            return lambda size: 0.5 * size / np.tan(0.5 * angle)
+    return None
 
 
 def _transforms_distortion(keys: dict[str, Any], where: str) -> Distortion:
@@ -177,7 +208,7 @@ def _opencv_frame(frame: dict[str, Any], path: pathlib.Path) -> Posed:
     ]
     declared = (round(values[4]), round(values[5]))
     lens = scene_formats.pixel_lens(np.array(values[:4]), declared)
-    return Posed(name, scene_formats.invert(pose), lens)
+    return Posed(name, scene_formats.invert(pose), lens, declared=declared)
 
 
 def read_lvsm(path: pathlib.Path, options: Options) -> Loaded:
@@ -246,10 +277,9 @@ def _spaces_frame(item: dict[str, Any], path: pathlib.Path) -> Posed:
     turn = scene_files.matrix(item.get("orientation"), (3,), f"{where}: orientation")
     pose[:3, :3] = rotation(turn).T
     pose[:3, 3] = scene_files.matrix(item.get("position"), (3,), f"{where}: position")
-    lens = scene_formats.pixel_lens(
-        np.array([focal, focal * aspect, cx, cy]), (round(height), round(width))
-    )
-    return Posed(name, pose, lens, near=SPACES_NEAR, far=SPACES_FAR)
+    declared = (round(height), round(width))
+    lens = scene_formats.pixel_lens(np.array([focal, focal * aspect, cx, cy]), declared)
+    return Posed(name, pose, lens, near=SPACES_NEAR, far=SPACES_FAR, declared=declared)
 
 
 def rotation(axis_angle: np.ndarray) -> np.ndarray:

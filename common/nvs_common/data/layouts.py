@@ -7,7 +7,8 @@
  5. cameras_sphere.npz           NeuS, IDR (DTU)
  6. poses_bounds.npy             LLFF: one focal length, centred principal point
  7. meta.pkl, or pose/           renders of objects: SyncDreamer, OpenLRM, LGM
- 8. <clip>.txt                   RealEstate10K: beside or inside the folder of its frames
+ 8. colmap/sparse/0              COLMAP beside `images`, as nerfstudio keeps it
+ 9. <clip>.txt                   RealEstate10K: beside or inside the folder of its frames
 
 The path of a camera file (or of a COLMAP model folder) chooses that file instead.
 
@@ -157,6 +158,9 @@ def _folder(path: pathlib.Path) -> Reader | None:
             return _bind(read, path / name)
     if (renders := object_renders.recognise(path)) is not None:
         return renders
+    # Later than transforms.json, whose world nerfstudio turns away from COLMAP's.
+    if (beside := colmap_format.find_beside(path)) is not None:
+        return lambda options: colmap_format.read(beside, options)
     return _clip_folder(path)
 
 

@@ -30,9 +30,9 @@ def read(frame: Frame, window: Window, height: int, width: int) -> np.ndarray:
       InputError: there is none, it cannot be decoded, or has another size than the image.
     """
     if frame.mask is not None:
-        mask = images.decode(frame.mask)[..., 0]
+        mask = images.decode(frame.mask, declared=frame.declared)[..., 0]
     elif images.has_alpha(frame.path, frame.packed):
-        mask = images.decode_alpha(frame.path, frame.packed)
+        mask = images.decode_alpha(frame.path, frame.packed, frame.declared)
     else:
         raise InputError(
             f"{frame.path}: no mask: the image has no alpha channel, and there is no mask file "

@@ -188,7 +188,8 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 def inside(root: pathlib.Path, relative: Any, where: str) -> pathlib.Path:
     """Joins a path from a file to the scene's folder, refusing every way out of it.
 
-    Backslashes count as separators (files written on Windows).
+    Backslashes count as separators (files written on Windows). An absolute path is taken where
+    it lies in the folder.
 
     Args:
       root: the scene's folder.
@@ -196,29 +197,57 @@ def inside(root: pathlib.Path, relative: Any, where: str) -> pathlib.Path:
       where: file and frame for the message.
 
     Raises:
-      InputError: not a string, absolute, with `..`, or a link that leads outside.
+      InputError: not a string, absolute and outside, with `..`, or a link that leads outside.
     """
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise InputError(f"{where}: image path {relative!r} is not a file name.")
-    parts = pathlib.PurePosixPath(relative.replace("\\", "/"))
+    parts = _below(root, pathlib.PurePosixPath(relative.replace("\\", "/")))
     if parts.is_absolute() or ".." in parts.parts or "://" in relative:
         raise InputError(
             f"{where}: path {relative!r} leaves the scene's folder; use paths relative to {root}."
         )
     path = root / parts
     # A link anywhere on the way may lead out of the scene.
-    real, top = os.path.realpath(path), os.path.realpath(root)
-    if os.path.commonpath([real, top]) != top:
+    if not _leads_inside(path, root):
+        link = next(way for way in _ways(path, root) if not _leads_inside(way, root))
+        kind = "folder" if link.is_dir() else "file"
         raise InputError(
-            f"{where}: {relative!r} is a link out of the scene's folder; copy the file into {root}."
+            f"{where}: path {relative!r} leaves the scene: the {kind} {link} is a link out of the "
+            f"scene's folder, to {os.path.realpath(link)}; put a copy in the link's place, or move "
+            "the scene's camera files beside what it leads to."
         )
     return path
 
 
+def _ways(path: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    """The path and the folders that lead to it from the root, outermost first."""
+    return [way for way in [*reversed(path.parents), path] if way.is_relative_to(root)]
+
+
+def _below(root: pathlib.Path, path: pathlib.PurePosixPath) -> pathlib.PurePosixPath:
+    """A path relative to the folder where it is absolute and lies in it, else as it is."""
+    if not path.is_absolute():
+        return path
+    real = os.path.realpath(root)
+    # By any name of the folder: the file may know it by a link, or the caller may.
+    ways = (way for way in (path, *path.parents) if os.path.realpath(way) == real)
+    return next((path.relative_to(way) for way in ways), path)
+
+
+def _leads_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath([real, top]) == top
+
+
 def entries(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What a folder holds, sorted by name; raises InputError where it cannot be listed."""
+    """What a folder holds, sorted by name, without hidden files (macOS leaves `._a.png`).
+
+    Raises:
+      InputError: it cannot be listed.
+    """
     try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
+        visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(visible, key=lambda path: path.name)
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); check it.") from error
 

@@ -39,7 +39,7 @@ class Posed:
     """One frame as its file describes it.
 
     Attributes:
-      image: path relative to the scene's folder, perhaps without extension.
+      image: path in the scene's folder, mostly relative to it, perhaps without extension.
       world_from_cam: [4, 4] with OpenCV axes, unchecked.
       lens: intrinsics of the stored image once its size is known.
       distortion: of the stored image.
@@ -47,6 +47,7 @@ class Posed:
       far: z-depth, where the file gives one.
       packed: the image itself, where it is in an archive; `image` is then a name alone.
       mask: path of its mask relative to the scene's folder, where it has a file of its own.
+      declared: rows and columns of the image, or of a larger copy, where the file gives them.
     """
 
     image: str
@@ -57,6 +58,7 @@ class Posed:
     far: float | None = None
     packed: Packed | None = None
     mask: str | None = None
+    declared: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Frame:
       far: z-depth or None.
       packed: the image where it is in an archive; `path` then names it for messages.
       mask: the file of its mask; None where there is none, or the image's own alpha is one.
+      declared: see `Posed`; decides how an image that EXIF turns is decoded.
     """
 
     path: pathlib.Path
@@ -88,6 +91,7 @@ class Frame:
     far: float | None = None
     packed: Packed | None = None
     mask: pathlib.Path | None = None
+    declared: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +152,7 @@ def pixel_lens(intrinsics: np.ndarray, declared: tuple[int, int] | None) -> Lens
         rows, columns = declared
         if rows <= 0 or columns <= 0:
             raise InputError(f"image size {columns} x {rows} in the camera file is not positive.")
-        low = max((width - 1) / columns, (height - 1) / rows)
-        high = min((width + 1) / columns, (height + 1) / rows)
-        if low > high:
+        if not images.same_aspect((height, width), declared):
             raise InputError(
                 f"the image is {width} x {height} but its camera is for {columns} x {rows}, "
                 "which is not the same aspect; check that the images belong to this file."
@@ -163,18 +165,6 @@ def pixel_lens(intrinsics: np.ndarray, declared: tuple[int, int] | None) -> Lens
 def normalised_lens(intrinsics: np.ndarray) -> Lens:
     """Intrinsics divided by width (fx, cx) and height (fy, cy)."""
     return lambda height, width: intrinsics * np.array([width, height] * 2, np.float64)
-
-
-def view_angle_lens(angle_x: float, angle_y: float | None) -> Lens:
-    """Centred principal point; angles of view in radians across the image; square pixels
-    where only the horizontal one is known."""
-
-    def lens(height: int, width: int) -> np.ndarray:
-        fx = 0.5 * width / np.tan(0.5 * angle_x)
-        fy = fx if angle_y is None else 0.5 * height / np.tan(0.5 * angle_y)
-        return np.array([fx, fy, width / 2, height / 2])
-
-    return lens
 
 
 def rigid(matrix: np.ndarray) -> np.ndarray:
@@ -242,7 +232,7 @@ def find_image(root: pathlib.Path, relative: str, where: str) -> pathlib.Path | 
     if not images.is_image(path):
         tries += [path.with_name(path.name + extension) for extension in images.EXTENSIONS]
     parts = path.relative_to(root).parts
-    if parts[0] == "images":
+    if parts[:1] == ("images",):
         tries += [root.joinpath(f"images_{n}", *parts[1:]) for n in (2, 4, 8)]
     found = next((candidate for candidate in tries if candidate.is_file()), None)
     if found is None:
@@ -285,14 +275,17 @@ def build_frames(
         if path is None:
             missing.append(item.image)
             if strict:
-                raise InputError(f"{where}: its image is missing under {root}; restore it.")
+                raise InputError(
+                    f"{where}: its image is missing under {root}; restore it, or leave frames "
+                    "without images out: load_scene(path, strict=False)."
+                )
             continue
         if path in seen:
             raise InputError(f"{where}: the image is listed twice; remove one of the two.")
         seen.add(path)
         known = (frames[0].height, frames[0].width) if check == "first" and frames else None
         mask = None if item.mask is None else _mask(item.mask, root, where)
-        size = known or images.probe(path, item.packed)
+        size = known or images.probe(path, item.packed, item.declared)
         frames.append(_build(item, path, mask, where, size))
     if missing:
         log.warning(
@@ -326,7 +319,8 @@ def _build(
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     camera = (pose, stored, intrinsics, item.distortion)
-    return Frame(path, *camera, height, width, item.near, item.far, item.packed, mask)
+    source = (item.packed, mask, item.declared)
+    return Frame(path, *camera, height, width, item.near, item.far, *source)
 
 
 def _check_depths(near: float | None, far: float | None) -> None:

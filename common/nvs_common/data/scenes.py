@@ -306,7 +306,7 @@ def _sorted(
 
 
 def _stored_image(frame: Frame) -> np.ndarray:
-    image = images.decode(frame.path, frame.packed)
+    image = images.decode(frame.path, frame.packed, frame.declared)
     if image.shape[:2] != (frame.height, frame.width):
         raise InputError(
             f"{frame.path}: the image is {image.shape[1]} x {image.shape[0]} but was "
