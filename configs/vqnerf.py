@@ -136,7 +136,7 @@ def _dtu() -> Any:
 def _tiny() -> Any:
     """Small networks for a CPU, on an object with masks over white."""
     config = _base()
-    config.update(num_steps=1200, log_every=100, eval_every=1200, checkpoint_every=600)
+    config.update(num_steps=2_000, log_every=100, eval_every=1_000, checkpoint_every=1_000)
     config.optim.update(learning_rate=2e-3, warmup_steps=100)
     config.optim.rates = (("field/grids", 5.0), ("vqgan", 0.5))
     config.data.update(height=96, width=96, views_per_scene=64, num_target=2, workers=0)

@@ -6,6 +6,7 @@ Names of parameters follow the levels from fine to coarse, in encoder and decode
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -143,7 +144,8 @@ class VQGAN(nn.Module):
             return Reconstruction(self.decode(latents), latents, None)
         gate = {"learn_if": quantize_if} if self.quantizer == "vq" else {}
         quantized = self.codebook(latents, train=train, **gate)
-        quantized = quantized.replace(
+        quantized = dataclasses.replace(
+            quantized,
             values=jnp.where(quantize_if, quantized.values, latents),
             loss=jnp.where(quantize_if, quantized.loss, 0.0),
         )
