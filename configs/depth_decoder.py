@@ -63,6 +63,7 @@ def _svd() -> Any:
                 num_context=1,
                 num_target=6,
                 choice="random",
+                # Of the choice "nearest_random".
                 nearest=16,
                 hold_out_every=0,
                 num_scenes=23_000,

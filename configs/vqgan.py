@@ -140,6 +140,8 @@ def _noattn(config: Any) -> None:
 
 def _gradient(config: Any) -> None:
     config.model.update(update="gradient", restart_below=0.0, kmeans_steps=0)
+    # Nothing starts such codes among latents that were learnt without them.
+    config.loss.quantizer_start = 0
 
 
 SETTINGS = {

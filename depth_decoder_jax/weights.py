@@ -144,18 +144,21 @@ def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """The arrays of the autoencoder among a checkpoint's content, in float32."""
     while isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    content = {torch_weights.unwrapped(str(key)): x for key, x in content.items()}
+    unwrapped = {torch_weights.unwrapped(str(key)): x for key, x in content.items()}
+    if len(unwrapped) < len(content):
+        raise InputError(f"{name}: holds arrays twice, with and without {torch_weights.WRAPPERS}.")
+    content = unwrapped
     for part in PREFIXES:
         if any(key.startswith(part) for key in content):
             content = {k.removeprefix(part): x for k, x in content.items() if k.startswith(part)}
     arrays: dict[str, np.ndarray] = {}
     for key, value in content.items():
-        x = torch_weights.floats(value, f"{name}: {key}")
+        x = torch_weights.floats(value, f"{name}: {key}", np.float32)
         for pattern, replacement in _OLDER:
             key = re.sub(pattern, replacement, key)
         if key in arrays:
             raise InputError(f"{name}: {key} is there twice, by an older name and by this one.")
-        arrays[key] = x.astype(np.float32)
+        arrays[key] = x
     return arrays
 
 

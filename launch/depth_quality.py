@@ -82,6 +82,8 @@ def main(_) -> int:
         raise InputError(f"--shown={_SHOWN.value}: there are orbits 0 to {len(orbits) - 1}.")
     cases = study(models, orbits, noises, lpips, _SHOWN.value, _DEPTH_NOISE.value)
     lines = table(models[0].config, orbits, cases)
+    if _DEPTH_NOISE.value != 1:
+        lines.append(f"\nNoisy depth has {_DEPTH_NOISE.value:g} times the calibrated noise.")
     print("\n".join(lines))
     if _OUT.value:
         out = pathlib.Path(_OUT.value)

@@ -45,6 +45,12 @@ def main(_) -> int:
     model = trained.load(_SOURCE)
     if model.config.system != "vqgan":
         raise InputError(f"{model.path}: {model.config.system} is no auto-encoder of images.")
+    start = model.config.loss.get("quantizer_start", 0)
+    if model.step < start:
+        raise InputError(
+            f"{model.path}: latents are quantised from step {start} on (loss.quantizer_start), and "
+            f"this is step {model.step}: its codes have not learnt anything; train on."
+        )
     if _EXPORT.value and pathlib.Path(_EXPORT.value).suffix != ".npz":
         raise InputError(f"--export={_EXPORT.value}: weights are written as .npz.")
     module = vqgan_task.make_parts(model.config).module

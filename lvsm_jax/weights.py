@@ -133,7 +133,7 @@ def _arrays(content: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
             continue
         if short in arrays:
             raise InputError(f"{name}: {short} is there twice, with and without 'module.'.")
-        arrays[short] = torch_weights.floats(value, f"{name}: {key}").astype(np.float32)
+        arrays[short] = torch_weights.floats(value, f"{name}: {key}", np.float32)
     return arrays
 
 

@@ -114,11 +114,13 @@ def test_the_published_configuration_is_accepted_and_compared():
         ({"image_size": 224}, "image_size=224 was given, but the arrays say 32"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
         ({"depth": 2}, r"unknown options \['depth'\]"),
+        ({"model_type": "clip", "activaton": "gelu"}, r"unknown options \['activaton'\]"),
+        ({"vision_config": {"hidden_size": 9}}, "hidden_size=9 was given"),
     ]:
         with pytest.raises(errors.InputError, match=words):
             load_clip(state(), **{**config, **change})
     # All that transformers writes, and patches that leave a border of the image.
-    whole = {**config, "model_type": "clip_vision_model", "depth": 2}
+    whole = {"model_type": "clip", "dtype": "float16", "_commit": "x", "vision_config": config}
     patch = load_clip(state(), **config)[0].patch
     assert (
         load_clip(
@@ -127,7 +129,7 @@ def test_the_published_configuration_is_accepted_and_compared():
         )[0]
         == load_clip(state(), heads=4)[0]
     )
-    module, variables = load_clip(state(), **{**whole, "image_size": 32 + patch - 1})
+    module, variables = load_clip(state(), **{**config, "image_size": 32 + patch - 1})
     assert module.size == 32 + patch - 1
     pixels = np.random.default_rng(0).normal(size=(1, module.size, module.size, 3)).astype("f4")
     inner = module.clone(size=32).apply(variables, jnp.asarray(pixels[:, :32, :32]))

@@ -156,9 +156,18 @@ def test_folder_of_images_that_is_a_link_out_of_the_scene(edit, tmp_path, tmp_pa
     refused(tmp_path, str(edit.file), link, "put a copy in the link's place")
 
 
-@pytest.mark.parametrize("name", [".", "./", "images"])
+@pytest.mark.parametrize("name", ["images", "./images"])
 def test_image_that_is_a_folder(edit, name):
     refused(edit(set_in_frame("file_path", name)), str(edit.file), "missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".", "/a" * 5000, "a" * 300, "\ud800.png"],
+    ids=["scene", "deep", "long", "half letter"],
+)
+def test_image_paths_that_no_file_can_have(edit, name):
+    refused(edit(set_in_frame("file_path", name)), str(edit.file), "image path")
 
 
 @pytest.mark.parametrize(

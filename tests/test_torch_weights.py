@@ -80,6 +80,8 @@ def test_arrays_and_tensors_become_floats_of_numpy():
         np.testing.assert_array_equal(x, np.float32([1, 2]))
     assert torch_weights.floats(np.ones(2), "a").dtype == np.float64
     assert torch_weights.floats(np.ones(2, np.float16), "a").dtype == np.float32
+    with pytest.raises(errors.InputError, match="not finite"):
+        torch_weights.floats(np.full(2, 1e300), "a", np.float32)
     for bad, words in ((np.arange(2), "a is int64"), (np.float32([np.inf]), "a holds values")):
         with pytest.raises(errors.InputError, match=words):
             torch_weights.floats(bad, "a")

@@ -132,10 +132,14 @@ def test_the_published_configuration_is_accepted_and_compared():
     with pytest.raises(errors.InputError, match="pass groups="):
         load_vqgan(state)
     # A whole configuration of diffusers, or one of taming with other factors of the same sizes.
-    whole = {**config, "_class_name": "VQModel", "_name_or_path": "x", "codes": 3}
+    whole = {**config, "_class_name": "VQModel", "_name_or_path": "x"}
     channels = loaded()[0].channels
     factors = {"ch": 2, "ch_mult": tuple(c // 2 for c in channels), "tanh_out": False}
-    assert load_vqgan(state, **whole)[0] == load_vqgan(state, **config, **factors)[0]
+    assert load_vqgan(state, **whole)[0] == load_vqgan(state, **(factors | config))[0]
+    plain = {key: x for key, x in config.items() if key != "block_out_channels"}
+    assert load_vqgan(state, **plain, **factors)[0] == loaded()[0]
+    with pytest.raises(errors.InputError, match="block_out_channels"):
+        load_vqgan(state, **plain, **{**factors, "ch": 4})
     with pytest.raises(errors.InputError, match="tanh_out=True was given"):
         load_vqgan(state, **config, tanh_out=True)
     wrapped = {f"module.{key}": x for key, x in state.items()}

@@ -200,6 +200,14 @@ _OPENAI = (
 )
 
 
+# Fields of transformers' configurations that change nothing here.
+_SILENT = (
+    *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "dropout"),
+    *("attention_dropout", "initializer_factor", "initializer_range", "text_config"),
+    *("text_config_dict", "vision_config_dict", "logit_scale_init_value"),
+)
+
+
 def load_clip(
     source: str | os.PathLike[str] | Mapping[str, Any], **config: Any
 ) -> tuple[VisionTransformer, Variables]:
@@ -210,7 +218,8 @@ def load_clip(
         transformers' CLIPModel, or of OpenAI's and open_clip's; arrays of the text's half are
         left out.
       **config: `heads`, which arrays do not tell (width / 64 by default), `activation`, `dtype`,
-        or fields of transformers' vision configuration, which are compared with the arrays.
+        or fields of transformers' vision configuration, alone or as `vision_config`, which are
+        compared with the arrays. With `model_type`, `dtype` is transformers' and not looked at.
 
     Returns:
       The module and {"params": ...} in float32; float64 where the arrays and JAX are.
@@ -243,6 +252,8 @@ def _module(
     tokens = shape("vision_model.embeddings.position_embedding.weight", 2)[0]
     layers = max((int(m[1]) + 1 for m in (re.match(_LAYER, k) for k in found) if m), default=1)
     config = dict(config)
+    config |= config.pop("vision_config", None) or {}
+    dtype = None if "model_type" in config else config.pop("dtype", None)
     heads = config.pop("heads", config.get("num_attention_heads", width // 64))
     activation = config.pop("activation", config.get("hidden_act", "quick_gelu"))
     side, size = round((tokens - 1) ** 0.5), config.get("image_size")
@@ -257,7 +268,7 @@ def _module(
         hidden=shape("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         embedding=shape("visual_projection.weight", 2)[0],
         activation=activation,
-        dtype=config.pop("dtype", None),
+        dtype=dtype,
     )
     if not heads or width % heads:
         raise InputError(
@@ -276,7 +287,7 @@ def _module(
         num_channels=3,
         projection_dim=module.embedding,
     )
-    state_dicts.compare_config(config, published, name)
+    state_dicts.compare_config(config, published, name, _SILENT)
     return module
 
 

@@ -89,7 +89,7 @@ def load_neus(
     found = {_renamed(key, name): x for key, x in found.items()}
     given = _fields(config, name)
     sizes = _sizes(found, name, given.get("color_inputs"))
-    if "skips" in given:
+    if isinstance(given.get("skips"), list | tuple):
         # NeuS has no use for one behind the last layer.
         given["skips"] = [i for i in given["skips"] if i <= sizes["layers"]]
     told = {key: x for key, x in sizes.items() if key not in _untold(sizes)}

@@ -13,8 +13,6 @@ from nvs_common.errors import InputError
 
 # Names that an error lists one by one.
 MAX_LISTED = 40
-# Configurations with one of these are whole ones, which say more than what arrays are.
-_WHOLE = ("model_type", "_class_name")
 # What checkpoints keep their state_dict in.
 _WRAPPERS = ("state_dict", "model")
 
@@ -96,11 +94,11 @@ def compare_config(
     """Compares a published configuration with what the arrays say.
 
     Raises:
-      InputError: a field that differs from the arrays, or is unknown and no part of a whole
-        configuration as transformers and diffusers write it.
+      InputError: a field that is unknown, or differs from the arrays. Names with an underscore
+        before them are notes of the library that wrote the configuration.
     """
-    unknown = sorted(given.keys() - known.keys() - set(ignored))
-    if unknown and not any(key in given for key in _WHOLE):
+    unknown = [key for key in sorted(given.keys() - known.keys()) if key not in ignored]
+    if unknown := [key for key in unknown if not key.startswith("_")]:
         raise InputError(f"{name}: unknown options {unknown}; known are {sorted(known)}.")
     for key in given.keys() & known.keys():
         value = given[key]

@@ -120,7 +120,7 @@ def load_vqgan(
     if "ch" in theirs and "ch_mult" in theirs:
         # Their products alone are sizes of arrays.
         width, factors = theirs.pop("ch"), theirs.pop("ch_mult")
-        theirs["block_out_channels"] = [width * factor for factor in factors]
+        theirs.setdefault("block_out_channels", [width * factor for factor in factors])
     module = _module(found, name, ours)
     state_dicts.compare_config(theirs, _published_config(module), name, _SILENT)
     table = _table(module)

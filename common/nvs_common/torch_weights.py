@@ -63,12 +63,13 @@ def read(
         return readers[path.suffix](path, wanted)
 
 
-def floats(value: Any, where: str) -> np.ndarray:
+def floats(value: Any, where: str, dtype: Any = None) -> np.ndarray:
     """A checkpoint's value as an array: float64 stays, what has fewer bits becomes float32.
 
     Args:
       value: an array, or a tensor of PyTorch.
       where: the file and the array's name, for the error.
+      dtype: of the result, in place of these.
 
     Raises:
       InputError: no floats, or some that are not finite.
@@ -80,7 +81,8 @@ def floats(value: Any, where: str) -> np.ndarray:
     x = np.asarray(value)
     if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
         raise InputError(f"{where} is {x.dtype}, expected an array of floats.")
-    x = x if x.dtype == np.float64 else x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype or (np.float64 if x.dtype == np.float64 else np.float32))
     if not np.isfinite(x).all():
         raise InputError(f"{where} holds values that are not finite.")
     return x

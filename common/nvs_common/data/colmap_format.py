@@ -69,7 +69,8 @@ def read(model_folder: pathlib.Path, options: Options) -> Loaded:
         pose = scene_formats.invert(image.cam_from_world)
         item = Posed(prefix + image.name, pose, lens, camera.distortion, declared=declared)
         posed.append(item)
-        seen[prefix + image.name] = image.seen
+        name = scene_files.inside(root, prefix + image.name, str(model_folder))
+        seen[name.relative_to(root).as_posix()] = image.seen
     if not posed:
         raise InputError(f"{model_folder}: the scene is empty: the model has no images.")
     frames = scene_formats.build_frames(posed, root, model_folder, strict=options.strict)

@@ -174,17 +174,16 @@ def _turn(
         return None
     stored, turned = (image.height, image.width), (image.width, image.height)
     # Pillow turns a TIFF by itself, so that its stored rows are out of reach.
-    if declared is not None and min(declared) > 0 and image.format != "TIFF":
-        if orientation in _QUARTER_TURNS:
-            # Where rounding lets both sizes pass, the very size decides.
-            for fits in (same_aspect, tuple.__eq__):
-                if fits(stored, declared) != fits(turned, declared):
-                    return None if fits(stored, declared) else _QUARTER_TURNS[orientation]
-        elif stored != turned and same_aspect(stored, declared):
-            return None
+    told = declared is not None and min(declared) > 0 and image.format != "TIFF"
+    # Half turns and mirrors leave the size as it is, which then says nothing.
+    if told and orientation in _QUARTER_TURNS:
+        # Where rounding lets both sizes pass, the very size decides.
+        for fits in (same_aspect, tuple.__eq__):
+            if fits(stored, declared) != fits(turned, declared):
+                return None if fits(stored, declared) else _QUARTER_TURNS[orientation]
     raise InputError(
         f"{path}: EXIF orientation {orientation} turns the image away from its stored rows, and "
-        "its camera does not say by a width and height which of the two it describes; rotate the "
+        "no width and height of its camera tell which of the two that describes; rotate the "
         "pixels and drop the tag."
     )
 

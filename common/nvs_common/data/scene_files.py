@@ -26,6 +26,8 @@ MAX_TEXT_BYTES = 512 * 2**20
 MAX_ARRAY_BYTES = 512 * 2**20
 MAX_BINARY_BYTES = 16 * 2**30
 MAX_FRAMES = 1_000_000
+# Bytes of a path and of one name in it: those of Linux, and no fewer elsewhere.
+_MAX_PATH, _MAX_NAME = 4096, 255
 # What a damaged archive makes Python's reader raise, besides the built-in kinds.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error)
 # A zip archive's header of one entry: signature, then the lengths of its name and extra field.
@@ -201,7 +203,14 @@ def inside(root: pathlib.Path, relative: Any, where: str) -> pathlib.Path:
     """
     if not isinstance(relative, str) or not relative or "\0" in relative:
         raise InputError(f"{where}: image path {relative!r} is not a file name.")
+    if not _is_path(relative):
+        raise InputError(
+            f"{where}: image path {relative[:40]!r} ... of {len(relative)} characters is no path "
+            "that a file can have."
+        )
     parts = _below(root, pathlib.PurePosixPath(relative.replace("\\", "/")))
+    if not parts.parts:
+        raise InputError(f"{where}: image path {relative!r} is the scene's folder, not a file.")
     if parts.is_absolute() or ".." in parts.parts or "://" in relative:
         raise InputError(
             f"{where}: path {relative!r} leaves the scene's folder; use paths relative to {root}."
@@ -219,6 +228,16 @@ def inside(root: pathlib.Path, relative: Any, where: str) -> pathlib.Path:
     return path
 
 
+def _is_path(text: str) -> bool:
+    """Whether a file system may have such a path: no longer than one can be, and no half letter."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    parts = encoded.replace(b"\\", b"/").split(b"/")
+    return len(encoded) <= _MAX_PATH and max(map(len, parts)) <= _MAX_NAME
+
+
 def _ways(path: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
     """The path and the folders that lead to it from the root, outermost first."""
     return [way for way in [*reversed(path.parents), path] if way.is_relative_to(root)]
@@ -228,10 +247,9 @@ def _below(root: pathlib.Path, path: pathlib.PurePosixPath) -> pathlib.PurePosix
     """A path relative to the folder where it is absolute and lies in it, else as it is."""
     if not path.is_absolute():
         return path
-    real = os.path.realpath(root)
-    # By any name of the folder: the file may know it by a link, or the caller may.
-    ways = (way for way in (path, *path.parents) if os.path.realpath(way) == real)
-    return next((path.relative_to(way) for way in ways), path)
+    # The file may know the folder by its own path, or by the one that the caller gave.
+    ways = (os.path.realpath(root), root.absolute())
+    return next((path.relative_to(way) for way in ways if path.is_relative_to(way)), path)
 
 
 def _leads_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
