@@ -251,12 +251,12 @@ def _module(
     width, _, patch, _ = shape("vision_model.embeddings.patch_embedding.weight", 4)
     tokens = shape("vision_model.embeddings.position_embedding.weight", 2)[0]
     layers = max((int(m[1]) + 1 for m in (re.match(_LAYER, k) for k in found) if m), default=1)
-    config = dict(config)
-    config |= config.pop("vision_config", None) or {}
-    dtype = None if "model_type" in config else config.pop("dtype", None)
-    heads = config.pop("heads", config.get("num_attention_heads", width // 64))
-    activation = config.pop("activation", config.get("hidden_act", "quick_gelu"))
-    side, size = round((tokens - 1) ** 0.5), config.get("image_size")
+    given: dict[str, Any] = dict(config)
+    given |= given.pop("vision_config", None) or {}
+    dtype = None if "model_type" in given else given.pop("dtype", None)
+    heads = given.pop("heads", given.get("num_attention_heads", width // 64))
+    activation = given.pop("activation", given.get("hidden_act", "quick_gelu"))
+    side, size = round((tokens - 1) ** 0.5), given.get("image_size")
     # Patches may leave a border.
     size = size if isinstance(size, int) and size // patch == side else patch * side
     module = VisionTransformer(
@@ -287,7 +287,7 @@ def _module(
         num_channels=3,
         projection_dim=module.embedding,
     )
-    state_dicts.compare_config(config, published, name, _SILENT)
+    state_dicts.compare_config(given, published, name, _SILENT)
     return module
 
 

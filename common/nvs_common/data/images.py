@@ -174,13 +174,13 @@ def _turn(
         return None
     stored, turned = (image.height, image.width), (image.width, image.height)
     # Pillow turns a TIFF by itself, so that its stored rows are out of reach.
-    told = declared is not None and min(declared) > 0 and image.format != "TIFF"
+    told = declared if image.format != "TIFF" and orientation in _QUARTER_TURNS else None
     # Half turns and mirrors leave the size as it is, which then says nothing.
-    if told and orientation in _QUARTER_TURNS:
+    if told is not None and min(told) > 0:
         # Where rounding lets both sizes pass, the very size decides.
         for fits in (same_aspect, tuple.__eq__):
-            if fits(stored, declared) != fits(turned, declared):
-                return None if fits(stored, declared) else _QUARTER_TURNS[orientation]
+            if fits(stored, told) != fits(turned, told):
+                return None if fits(stored, told) else _QUARTER_TURNS[orientation]
     raise InputError(
         f"{path}: EXIF orientation {orientation} turns the image away from its stored rows, and "
         "no width and height of its camera tell which of the two that describes; rotate the "

@@ -247,9 +247,15 @@ def _below(root: pathlib.Path, path: pathlib.PurePosixPath) -> pathlib.PurePosix
     """A path relative to the folder where it is absolute and lies in it, else as it is."""
     if not path.is_absolute():
         return path
-    # The file may know the folder by its own path, or by the one that the caller gave.
-    ways = (os.path.realpath(root), root.absolute())
-    return next((path.relative_to(way) for way in ways if path.is_relative_to(way)), path)
+    # The file may know the folder by the path that the caller gave, or by any other.
+    for known, way in ((path, root.absolute()), (_real(path), _real(root))):
+        if known.is_relative_to(way):
+            return known.relative_to(way)
+    return path
+
+
+def _real(path: pathlib.PurePath) -> pathlib.PurePosixPath:
+    return pathlib.PurePosixPath(os.path.realpath(path))
 
 
 def _leads_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
