@@ -83,6 +83,7 @@ def test_the_whole_way(tmp_path):
     small += ["--config.data.views_per_scene=9"]
     codes = ["--config=configs/vqgan.py:tiny", f"--workdir={tmp_path}/codes"]
     codes += ["--config.optim.warmup_steps=1", "--config.data.num_scenes=2"]
+    codes += ["--config.loss.quantizer_start=1"]
     run("train.py", *codes, *small)
     file = tmp_path / "codes.npz"
     args = [f"--workdir={tmp_path}/codes", f"--out={tmp_path}/codes_report", f"--export={file}"]
