@@ -91,10 +91,12 @@ def test_latents_are_quantised_from_the_start_of_quantisation_on(step):
     if step < 4:
         assert np.isclose(aux.metrics["l1"], l1, rtol=1e-5)
         assert aux.metrics["quantizer"] == 0 and after["state"].steps == 0
+        assert aux.metrics["usage"] == 0
         np.testing.assert_array_equal(after["state"].codes, before.codes)
     else:
         assert not np.isclose(aux.metrics["l1"], l1, rtol=1e-3)
         assert aux.metrics["quantizer"] > 0 and after["state"].steps == 1
+        assert aux.metrics["usage"] > 0
         # k-means has started the codes among the latents of this batch.
         flat = np.asarray(latents).reshape(-1, latents.shape[-1])
         low, high = flat.min(axis=0) - 1e-3, flat.max(axis=0) + 1e-3

@@ -130,7 +130,8 @@ def train_loss(parts: Parts, variables: Variables, images: Array, key: Array) ->
         terms["perceptual"] = jnp.mean(metrics.lpips(made.images, images, parts.lpips))
     schedule = {**variables["schedule"], "step": step + 1}
     if made.quantized is not None:
-        counts = made.quantized.counts
+        # Codes that latents do not become yet are in no use.
+        counts = jnp.where(step >= weights.quantizer_start, made.quantized.counts, 0.0)
         terms["quantizer"] = made.quantized.loss
         values["perplexity"] = codes.perplexity(counts)
         last = jnp.where(counts > 0, step, schedule["last_used"])
