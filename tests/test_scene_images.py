@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from nvs_common.data import distortion, images, scenes
+from nvs_common.data import distortion, image_folder, images, scenes
 from nvs_common.errors import InputError
 from tests import scene_writers as writers
 
@@ -330,3 +330,16 @@ def test_the_very_size_decides_where_rounding_would_let_both_pass(tmp_path):
     assert images.probe(tmp_path / "a.png", declared=(41, 40)) == (41, 40)
     with pytest.raises(InputError, match="EXIF orientation 8"):
         images.probe(tmp_path / "a.png", declared=(400, 402))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_images_without_cameras_are_put_upright(tmp_path, turn, ending):
+    image = writers.make_rig(height=12, width=20).images[0]
+    for name in ("a", "b"):
+        save_turned(image, tmp_path / f"{name}.{ending}", turn)
+    with Image.open(tmp_path / f"a.{ending}") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored), np.float32) / 255
+    folder = image_folder.load(str(tmp_path), size=expected.shape[:2])
+    np.testing.assert_array_equal(folder.images([1])[0], expected)
+    assert expected.shape[0] == (12 if turn < 5 else 20)

@@ -35,7 +35,7 @@ class ImageFolder:
     bounds: str = "no cameras"
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        """Images [k, h, w, 3] float32, centre-cropped to the size's aspect and resized.
+        """Images [k, h, w, 3] float32, upright, centre-cropped to the size's aspect and resized.
 
         Raises:
           InputError: an image cannot be decoded.
@@ -43,7 +43,7 @@ class ImageFolder:
         height, width = self.cameras.height, self.cameras.width
         made = np.empty((len(indices), height, width, 3), np.float32)
         for k, i in enumerate(indices):
-            image = images.decode(self.path / self.names[i])
+            image = images.decode_upright(self.path / self.names[i])
             window = images.fit_window(Window(0, 0, *image.shape[:2]), height, width)
             made[k] = images.resample(image, window, height, width)
         return made

@@ -27,7 +27,13 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 MAX_PIXELS = 150_000_000
 _ORIENTATION = 0x0112
-# EXIF orientations of an image whose rows are columns in the file: how it is put upright.
+# EXIF orientations of an image, and how it is put upright: mirrors and half turns, then those of
+# an image whose rows are columns in the file.
+_MIRRORS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+}
 _QUARTER_TURNS = {
     5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270,
@@ -97,6 +103,19 @@ def decode(
         return _to_rgb(_upright(image, path, declared), path)
 
 
+def decode_upright(path: pathlib.Path) -> np.ndarray:
+    """`decode` of an image that no camera describes: turned as its EXIF asks, whichever way.
+
+    Raises:
+      InputError: as `decode`, but for the turn.
+    """
+    with _open(path, None) as image:
+        orientation = _orientation(image)
+        turn = (_MIRRORS | _QUARTER_TURNS).get(orientation)
+        # Pillow turns a TIFF by itself when it is decoded.
+        return _to_rgb(_decoded(image, path, None if image.format == "TIFF" else turn), path)
+
+
 def has_alpha(path: pathlib.Path, packed: Packed | None = None) -> bool:
     """Whether an image has an alpha channel, from its header alone; arguments as of `probe`."""
     with _open(path, packed) as image:
@@ -141,7 +160,10 @@ def _upright(
     image: Image.Image, path: pathlib.Path, declared: tuple[int, int] | None
 ) -> Image.Image:
     """The decoded image, turned where `_turn` says so."""
-    turn = _turn(image, path, declared)
+    return _decoded(image, path, _turn(image, path, declared))
+
+
+def _decoded(image: Image.Image, path: pathlib.Path, turn: Image.Transpose | None) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -166,10 +188,7 @@ def _turn(
     Structure from motion mostly reads the stored rows, whatever EXIF says of them: they are kept
     where their size can be the camera's. Where only the turned size can be, the image is turned.
     """
-    # Asking a PNG without EXIF for its EXIF would decode it.
-    if "exif" not in image.info and image.format != "TIFF":
-        return None
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = _orientation(image)
     if orientation in (0, 1):
         return None
     stored, turned = (image.height, image.width), (image.width, image.height)
@@ -186,6 +205,14 @@ def _turn(
         "no width and height of its camera tell which of the two that describes; rotate the "
         "pixels and drop the tag."
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, upright, where there is none."""
+    # Asking a PNG without EXIF for its EXIF would decode it.
+    if "exif" not in image.info and image.format != "TIFF":
+        return 1
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def _to_rgb(image: Image.Image, path: pathlib.Path) -> np.ndarray:
