@@ -13,6 +13,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+from configs import quark
 from launch import trained
 from nvs_common import rendering, video
 from nvs_common.errors import InputError
@@ -185,6 +186,18 @@ def test_evaluating_photographs_names_the_scene(toy_run, program, tmp_path, shar
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [scene["name"] for scene in saved["scenes"]] == ["lund_street"]
     assert saved["scenes"][0]["height"] == 24 and len(saved["scenes"][0]["views"]) == 2
+
+
+def test_set_of_the_cameras_to_show_reaches_a_procedural_scene():
+    spans = []
+    for change in ("data.baseline=[0.5,0.5]", "eval.baseline=[0.1,0.1]", "eval.baseline=[0.5,0.5]"):
+        config = quark.get_config("tiny")
+        config.update(data=dict(rigs=("grid",)), eval=dict(baseline=(0.1, 0.1)))
+        trained._change(config, change)
+        scene = trained.scene("procedural:3", config, (12, 18))
+        spans.append(np.ptp(scene.cameras.world_from_cam[:, 0, 3]))
+    # Cameras of training are not those that are shown.
+    assert spans[0] == spans[1] and spans[2] > 3 * spans[1]
 
 
 def test_scenes_at_finds_one_scene_or_several(shared_data):
