@@ -131,7 +131,7 @@ def _tiny() -> Any:
 def _tiny_autoencoder() -> Any:
     """The autoencoder that `tiny` starts from."""
     config = _tiny()
-    config.update(batch_size=2, num_steps=700, checkpoint_every=350)
+    config.update(batch_size=2, num_steps=2_500, checkpoint_every=500)
     config.data.update(choice="random", num_target=4)
     config.optim.rates = ()
     # Strong enough that latents have a deviation of about one, as noise on them assumes.

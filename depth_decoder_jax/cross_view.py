@@ -105,8 +105,16 @@ class DepthTruncatedAttention(nn.Module):
         for name, allowed in (("mode", MODES), ("aggregate", AGGREGATES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r}: choose from {list(allowed)}.")
-        if self.samples < 1 or self.delta <= 0:
-            raise InputError(f"samples={self.samples} and delta={self.delta} must be positive.")
+        # `not ... > 0` also refuses NaN.
+        if min(self.samples, self.head_size) < 1 or not self.delta > 0:
+            raise InputError(
+                f"samples={self.samples}, head_size={self.head_size} and delta={self.delta} must "
+                "be positive."
+            )
+        if self.octaves < 0 or not self.visibility >= 0:
+            raise InputError(
+                f"octaves={self.octaves} and visibility={self.visibility} must not be negative."
+            )
         if self.aggregate == "concat_mlp" and x.shape[1] != self.num_views:
             raise InputError(
                 f"{x.shape[1]} views, but aggregate='concat_mlp' was built for num_views="

@@ -51,17 +51,27 @@ def structured_depth_noise(
       [..., h, w].
 
     Raises:
-      InputError: a mask of another shape, a grid without cells or a negative scale.
+      InputError: arrays that do not fit together, a grid without cells or a negative scale.
     """
     depth = jnp.asarray(depth, jnp.float32)
     if mask is not None and jnp.shape(mask) != depth.shape:
         raise InputError(f"mask has shape {jnp.shape(mask)}, depth {depth.shape}; they must agree.")
+    if depth.ndim < 2:
+        raise InputError(f"depth has shape {depth.shape}; expected [..., h, w].")
     total = jnp.zeros_like(depth)
     for one, (side, scale) in zip(jax.random.split(key, len(scales)), scales.items(), strict=True):
-        if side < 1 or scale < 0:
-            raise InputError(f"scales={dict(scales)}: sides are at least 1, scales not negative.")
-        total += scale * _grid_noise(one, side, depth.shape)
-    ends = (jnp.asarray(end, jnp.float32) for end in (near, far))
+        # `not 0 <= ...` also refuses NaN.
+        if side != int(side) or side < 1 or not 0 <= scale < np.inf:
+            raise InputError(
+                f"scales={dict(scales)}: sides are whole and at least 1, scales not negative."
+            )
+        total += scale * _grid_noise(one, int(side), depth.shape)
+    ends = [jnp.asarray(end, jnp.float32) for end in (near, far)]
+    if any(end.shape not in ((), depth.shape[:-2]) for end in ends):
+        raise InputError(
+            f"near {ends[0].shape} and far {ends[1].shape}: expected a number each, or one for "
+            f"each map, {depth.shape[:-2]}."
+        )
     near, far = (jnp.broadcast_to(end, depth.shape[:-2])[..., None, None] for end in ends)
     noisy = jnp.clip(depth + total, near, far)
     return noisy if mask is None else jnp.where(jnp.asarray(mask, jnp.float32) > 0.5, noisy, depth)

@@ -117,8 +117,9 @@ class DepthGuidedDecoder(nn.Module):
             decoded as one clip.
           cams: [b, v] of images of the decoded size.
           depth: [b, v, h, w] z-depth; a pixel without a positive number is background.
-          mask: [b, v, h, w] foreground, all that has depth by default. Nothing is added to
-            background, nor where no other view sees the surface.
+          mask: [b, v, h, w] foreground, all that has depth by default. With the defaults nothing
+            is added to background, nor where no other view sees the surface; "concat_mlp" adds
+            what its network makes of the view itself, the modes that compare know no background.
           front: [b] the front picture, in [0, 1], and its camera.
           key: for training: samples are drawn at random within their strata.
 
@@ -182,7 +183,8 @@ class DepthGuidedDecoder(nn.Module):
                 f"the front picture has shape {shape}; front='broadcast' needs it in the size of "
                 f"the decoded images, {size}."
             )
-        if shape[0] != latents.shape[0] or any(n % factor for n in shape[1:3]):
+        wrong = len(shape) != 4 or shape[0] != latents.shape[0] or shape[3] != 3
+        if wrong or any(n % factor for n in shape[1:3]):
             raise InputError(
                 f"the front picture has shape {shape}; expected [b, h, w, 3] with b="
                 f"{latents.shape[0]} and sides that are multiples of {factor}."

@@ -237,7 +237,8 @@ def write(
     measured: dict[str, float],
     surfaces: list[sdf_fit.Surface],
 ) -> None:
-    """Everything that the program leaves."""
+    """Everything that the program leaves; nothing where the surface cannot be made."""
+    surface = _mesh(surfaces[-1]) if surfaces else None
     for folder, images in (("first", found.first[0]), ("images", found.images[0])):
         (out / folder).mkdir(parents=True, exist_ok=True)
         for index, image in zip(chosen.views, images, strict=True):
@@ -254,11 +255,15 @@ def write(
     whole = np.concatenate([np.concatenate(row, axis=1) for row in rows])
     Image.fromarray(whole).save(out / "views.png")
     runs.write_text(out / "metrics.json", json.dumps(measured, indent=1) + "\n")
-    if surfaces:
-        last = surfaces[-1]
-        sdf = jax.jit(lambda x: last.module.apply({"params": last.params}, x, method="sdf"))
-        surface = mesh.extract(lambda x: np.asarray(sdf(x)), _CELLS)
-        mesh.write(out / "mesh.ply", mesh.in_world(surface, tuple(last.center), last.radius))
+    if surface is not None:
+        mesh.write(out / "mesh.ply", surface)
+
+
+def _mesh(found: sdf_fit.Surface) -> mesh.Mesh:
+    """The surface as a mesh in the world."""
+    sdf = jax.jit(lambda x: found.module.apply({"params": found.params}, x, method="sdf"))
+    surface = mesh.extract(lambda x: np.asarray(sdf(x)), _CELLS)
+    return mesh.in_world(surface, tuple(found.center), found.radius)
 
 
 if __name__ == "__main__":

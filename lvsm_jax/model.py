@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lvsm_jax import blocks, decoding, relative, tokens
-from nvs_common import attention, layers
+from nvs_common import attention, cameras, layers
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras, Views
 
@@ -89,7 +89,12 @@ class Trunk(nn.Module):
         return blocks.Setting(self.dtype, self.attention, self.remat, self.unroll, scale)
 
     def context_tokens(self, context: Views) -> Array:
-        """Tokens of all pixels of context [b, v], [b, m, d] float32."""
+        """Tokens of all pixels of context [b, v], [b, m, d] float32.
+
+        Raises:
+          InputError: images and cameras that do not belong together, or of odd sizes.
+        """
+        cameras.check_context(context)
         patches = tokens.of_views(context, self.patch)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         return _product(patches, self.image_tokenizer())
@@ -107,8 +112,11 @@ class Trunk(nn.Module):
         colors = jax.nn.sigmoid(_product(y, self.head()))
         return tokens.unpatchify(colors, self.patch, height, width)
 
-    def _over_chunks(self, render: Callable[[Cameras], Array], targets: Cameras) -> Array:
+    def _over_chunks(
+        self, render: Callable[[Cameras], Array], targets: Cameras, num_scenes: int
+    ) -> Array:
         """render(targets) of targets [b, t], at most `target_chunk` at a time."""
+        cameras.check_targets(targets, num_scenes)
         count, chunk = targets.near.shape[1], self.target_chunk
         # Parameters cannot be made inside a loop; where they are, pictures are not kept.
         if not 0 < chunk < count or self.is_initializing():
@@ -181,7 +189,7 @@ class LVSM(WithFrames):
             own = decoding.run(self.blocks, shared, own, setting, self._frames(targets))
             return self.images(own, targets.height, targets.width)
 
-        return self._over_chunks(render, targets)
+        return self._over_chunks(render, targets, inputs.shape[0])
 
     def encode(self, context: Views) -> decoding.Cache:
         """Keys and values of context [b, v] for `decode`, once for all targets.
@@ -206,7 +214,7 @@ class LVSM(WithFrames):
             own = decoding.run_cached(self.blocks, cache, own, setting, at, sees_own=True)
             return self.images(own, targets.height, targets.width)
 
-        return self._over_chunks(render, targets)
+        return self._over_chunks(render, targets, cache.key.shape[1])
 
     def _inputs(self, context: Views) -> tuple[Array, relative.Frames | None]:
         """Normalised tokens of context [b, v], [b, m, d], and their frames."""
@@ -254,7 +262,7 @@ class LVSMEncoderDecoder(Trunk):
             own = decoding.run(self.decoder, shared, own, setting)
             return self.images(own, targets.height, targets.width)
 
-        return self._over_chunks(render, targets)
+        return self._over_chunks(render, targets, latents.shape[0])
 
 
 class SVSM(WithFrames):
@@ -295,7 +303,7 @@ class SVSM(WithFrames):
             own = decoding.run_cached(self.decoder, cache, own, setting, at, sees_own=False)
             return self.images(own, targets.height, targets.width)
 
-        return self._over_chunks(render, targets)
+        return self._over_chunks(render, targets, cache.key.shape[1])
 
 
 class _Kernel(nn.Module):

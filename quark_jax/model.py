@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from nvs_common import cameras, layers
+from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras, Render, Views
 from quark_jax import drawing, encoder, fusion, kernels, ldm, one_to_many
 from quark_jax import prior as sweep_prior
-from quark_jax.stages import PAPER_STAGES, Fused, Stage
+from quark_jax.stages import PAPER_STAGES, Fused, Stage, check_stages
 
 
 class Quark(nn.Module):
@@ -80,11 +81,7 @@ class Quark(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        for name, allowed in (("output", ("blend", "rgb")), ("unseen", ("black", "edge"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {allowed}")
-        if max(stage.level for stage in self.stages) >= len(self.encoder_blocks):
-            raise ValueError("stages use more pyramid levels than encoder_blocks has")
+        self._check_settings()
         branches = sum(stage.blocks * (1 + stage.convs) for stage in self.stages)
         scale = branches**-0.5
         self.encoder = encoder.Encoder(self.channels, self.encoder_blocks, self.dtype)
@@ -96,18 +93,9 @@ class Quark(nn.Module):
         self.updates = [
             fusion.UpdateNetwork(self.channels, self.update_blocks, self.dtype) for _ in self.stages
         ]
-        self.fused = [
-            Fused(
-                stage,
-                self.folded_attention,
-                not self.cross_attention,
-                scale,
-                self.query_scale,
-                self.dtype,
-                self.implementation,
-            )
-            for stage in self.stages
-        ]
+        attention = (self.folded_attention, not self.cross_attention, scale, self.query_scale)
+        options = (*attention, self.dtype, self.implementation)
+        self.fused = [Fused(stage, *options) for stage in self.stages]
         self.collapses = {
             str(index): fusion.LayerCollapse(scale, self.dtype)
             for index, stage in enumerate(self.stages)
@@ -126,12 +114,26 @@ class Quark(nn.Module):
             self.blend_query = nn.Dense(self.channels, use_bias=False, dtype=self.dtype)
             self.blend_norm = layers.RMSNorm(dtype=self.dtype)
 
+    def _check_settings(self) -> None:
+        for name, allowed in (("output", ("blend", "rgb")), ("unseen", ("black", "edge"))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)!r}: choose from {allowed}.")
+        for name in ("layers", "channels") + (() if self.upsampling else ("grid_area",)):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        check_stages(self.stages, len(self.encoder_blocks))
+
     def __call__(self, context: Views, targets: Cameras) -> Render:
-        """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3]."""
+        """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3].
+
+        Raises:
+          InputError: settings, views or cameras that do not fit together.
+        """
         return self.render(context, self.encode(context), targets)
 
     def encode(self, context: Views) -> list[Array]:
         """Encodes the inputs once, for any number of targets: levels [b, v, y, x, c]."""
+        cameras.check_context(context)
         height, width = context.images.shape[-3:-1]
         size = self._grid(height, width)
 
@@ -152,10 +154,7 @@ class Quark(nn.Module):
         Args:
           context: [b, v].
           targets: [b, t].
-          window: what to draw of each target, corners [b, t]; the maps are those of all of it.
-
-        Returns:
-          The pictures [b, t] and maps [(b t), l, y, x].
+          window: what to draw of each target, corners [b, t]; maps [(b t), l, y, x] are of all.
         """
         return self._solve_and_draw(context, self.encode(context), targets, window)
 
@@ -166,6 +165,7 @@ class Quark(nn.Module):
         targets: Cameras,
         window: ldm.Window | None = None,
     ) -> tuple[Render, list[ldm.Logits]]:
+        cameras.check_targets(targets, cameras.check_context(context))
         count = targets.near.shape[1]
         context = Views(context.images, cameras.as_float32(context.cameras))
         targets = cameras.as_float32(targets)
@@ -339,7 +339,6 @@ class Quark(nn.Module):
     ) -> tuple[Array | one_to_many.Unstored, Array]:
         """Update features of each view in the map: [v, n, l, y, x, c] and who sees it."""
         grid_targets = cameras.resize(targets, *depth_logits.shape[2:4])
-
         depth = jax.vmap(ldm.depths)(depth_logits, targets.near, targets.far)
 
         def view(per_view: tuple[Array, Cameras]) -> tuple[Array, Array]:

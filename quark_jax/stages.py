@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 
 from nvs_common import layers
+from nvs_common.errors import InputError
 from nvs_common.types import Array
 from quark_jax import fusion, one_to_many
 
@@ -29,6 +31,25 @@ class Stage:
     heads: int
     convs: int
     collapse: bool = False
+
+
+def check_stages(stages: Sequence[Stage], num_levels: int) -> None:
+    """Whether stages can follow each other on a pyramid of `num_levels` levels.
+
+    Raises:
+      InputError: no stages, a level that the pyramid does not have, or layers that collapse
+        before there are any.
+    """
+    if not stages:
+        raise InputError("stages is empty; expected the initialisation and the steps after it.")
+    for number, stage in enumerate(stages):
+        if not 0 <= stage.level < num_levels:
+            raise InputError(
+                f"stage {number} is of level {stage.level}, and encoder_blocks makes {num_levels} "
+                "levels; give every level its blocks, or choose a lower one."
+            )
+    if stages[0].collapse:
+        raise InputError("stage 0 collapses layers, and before it there are none; unset it there.")
 
 
 # Initialise, then U&F 0 to 4, as in Tab. 8.

@@ -24,27 +24,29 @@ def depth_loss(logits: ldm.Logits, depth: Array, near: Array, far: Array) -> Arr
 
     Two terms: the cross-entropy between the share of a cell's pixels whose depth lies in a
     layer's band and the weight with which that layer is seen, and the distance, in half bands,
-    between a layer's depth and the mean depth of those pixels.
+    between a layer's depth and the mean depth of those pixels. Both are means over the part of the
+    picture whose depth is known.
 
     Args:
       logits: [l, y, x] depth and density.
-      depth: [h, w] true z-depth of the target.
+      depth: [h, w] true z-depth of the target; 0, infinity and NaN are not known.
       near: [] near plane of the map.
       far: [] far plane of the map.
     """
     num_layers, *grid = logits.depth.shape
-    fraction = (1 / depth - 1 / far) / (1 / near - 1 / far)
+    known = jnp.isfinite(depth) & (depth > 0)
+    fraction = (1 / jnp.where(known, depth, far) - 1 / far) / (1 / near - 1 / far)
     fraction = jnp.clip(fraction, 0, 1 - 1e-6)
     band = jnp.floor(fraction * num_layers).astype(jnp.int32)
     # Position in the band, -1 at its far edge and 1 at its near edge, as tanh gives it.
     offset = 2 * (fraction * num_layers - band) - 1
-    member = jax.nn.one_hot(band, num_layers)
+    member = jax.nn.one_hot(band, num_layers) * known[..., None]
     pooled = ldm.resize(jnp.stack([member, member * offset[..., None]]), *grid)
     share, offsets = jnp.moveaxis(pooled, -1, 1)
     weights = compositing.over_weights(jax.nn.sigmoid(logits.density))
-    cross_entropy = -jnp.sum(share * jnp.log(weights + MIN_WEIGHT), axis=0)
-    distance = jnp.sum(jnp.abs(share * jnp.tanh(logits.depth) - offsets), axis=0)
-    return jnp.mean(cross_entropy) + jnp.mean(distance)
+    cross_entropy = -jnp.sum(share * jnp.log(weights + MIN_WEIGHT))
+    distance = jnp.sum(jnp.abs(share * jnp.tanh(logits.depth) - offsets))
+    return (cross_entropy + distance) / jnp.maximum(jnp.sum(share), 1e-6)
 
 
 def stage_depth_loss(stages: list[ldm.Logits], depth: Array, targets: Cameras) -> Array:

@@ -54,6 +54,18 @@ def test_background_does_not_count():
     assert np.isnan(consistency.cross_view(images, depth, cams, 0 * mask).squared)
 
 
+def test_maps_and_cameras_have_to_be_those_of_the_images():
+    cams, depth = sphere()
+    images = jnp.full((3, SIZE, SIZE, 3), 0.5)
+    for args, name in (
+        ((images, depth[:2], cams), "depth"),
+        ((images, depth, cams[:2]), "cameras"),
+        ((images, depth, cams, np.ones((3, SIZE, 2))), "mask"),
+    ):
+        with pytest.raises(InputError, match=f"'{name}': "):
+            consistency.cross_view(*args)
+
+
 def test_chamfer_distance_of_shifted_spheres():
     way = np.random.default_rng(0).normal(size=(4000, 3))
     sphere = way / np.linalg.norm(way, axis=-1, keepdims=True)

@@ -259,6 +259,10 @@ def test_wrong_input_is_named():
         (dict(mode="none"), "mode='none'"),
         (dict(aggregate="mean"), "aggregate='mean'"),
         (dict(samples=0), "samples=0"),
+        (dict(head_size=0), "head_size=0"),
+        (dict(delta=float("nan")), "delta=nan"),
+        (dict(octaves=-1), "octaves=-1"),
+        (dict(visibility=-1.0), "visibility=-1.0"),
         (dict(aggregate="concat_mlp", num_views=4), "3 views, but .* num_views=4"),
     ):
         with pytest.raises(InputError, match=message):

@@ -78,6 +78,13 @@ def test_wrong_input_is_named():
         structured_depth_noise(key, depth, np.ones((4, 4)))
     with pytest.raises(InputError, match="scales=.*not negative"):
         structured_depth_noise(key, depth, scales={3: -0.1})
+    for scales in ({3: float("nan")}, {3.5: 0.1}):
+        with pytest.raises(InputError, match="sides are whole"):
+            structured_depth_noise(key, depth, scales=Scales(scales))
+    with pytest.raises(InputError, match=r"expected \[..., h, w\]"):
+        structured_depth_noise(key, depth[0, 0])
+    with pytest.raises(InputError, match=r"near \(3,\)"):
+        structured_depth_noise(key, depth, near=np.ones(3))
     with pytest.raises(InputError, match="no pixel is in the mask"):
         depth_noise.calibrate(depth, np.zeros((1, 4, 4)))
     with pytest.raises(InputError, match=r"expected one \[n, h, w\]"):

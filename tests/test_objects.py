@@ -46,6 +46,17 @@ def test_the_surface_is_that_of_the_union(scenes):
         assert (inside.any(0) & ~inside.all(0)).mean() > 0.97
 
 
+def test_every_solid_has_its_share_of_the_surface(scenes):
+    for scene in scenes:
+        solids, rng = scene.stage.solids, np.random.default_rng(2)
+        every, of = objects._on_solids(solids, 40_000, rng)
+        every = every[~(objects._in_solids(solids, every) & of).any(axis=-1)]
+        points = scene.surface(10_000, np.random.default_rng(0))
+        np.testing.assert_allclose(points.mean(axis=0), every.mean(axis=0), atol=0.02)
+        np.testing.assert_allclose(points.std(axis=0), every.std(axis=0), atol=0.02)
+        assert scene.surface(0, rng).shape == (0, 3)
+
+
 @pytest.mark.parametrize("kind", [shapes.BOX, shapes.ELLIPSOID, shapes.CYLINDER])
 def test_points_on_a_shape_are_uniform(kind):
     half, count = np.array([0.5, 0.2, 1.0]), 40_000
@@ -109,7 +120,9 @@ def test_samples_have_masks_beside_depth():
     assert batch.extras["mask"].shape == batch.extras["depth"].shape == (2, 24, 24)
 
 
-@pytest.mark.parametrize("options", [dict(num_scenes=0), dict(height=0), dict(elevation=(0, 90))])
+@pytest.mark.parametrize(
+    "options", [dict(num_scenes=0), dict(height=0), dict(elevation=(0, 90)), dict(seed=-1)]
+)
 def test_bad_options_are_named(options):
     with pytest.raises(InputError, match=f"objects: {next(iter(options))}"):
         objects.Objects(**options)

@@ -314,6 +314,23 @@ def test_true_depth_has_the_least_depth_loss():
     assert float(supervision.depth_loss(swapped, depth, near, far)) > best + 0.5
 
 
+def test_where_depth_is_not_known_nothing_is_learnt():
+    near, far = jnp.float32(1.0), jnp.float32(4.0)
+    keys = jax.random.split(jax.random.key(0), 2)
+    logits = ldm.Logits(*(jax.random.normal(key, (4, 8, 8)) for key in keys))
+    depth = jnp.full((8, 8), 2.0)
+    whole = supervision.depth_loss(logits, depth, near, far)
+    for hole in (0.0, jnp.inf, jnp.nan):
+        with_hole = depth.at[:, :5].set(hole)
+        value, slope = jax.value_and_grad(supervision.depth_loss)(logits, with_hole, near, far)
+        right = jax.tree.map(lambda x: x[..., 5:], ldm.Logits(logits.depth, logits.density))
+        own = supervision.depth_loss(right, depth[:, 5:], near, far)
+        np.testing.assert_allclose(value, own, rtol=1e-5)
+        assert not np.any(slope.density[..., :5]) and np.all(np.isfinite(slope.density))
+        assert not np.any(supervision.depth_loss(logits, jnp.full((8, 8), hole), near, far))
+        assert value != whole
+
+
 def test_temporal_loss_is_zero_for_the_photographs_themselves():
     batch = make_batch()
     perfect = Render(jnp.asarray(batch.target.images), jnp.asarray(batch.extras["depth"]))

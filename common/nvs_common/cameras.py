@@ -14,7 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nvs_common.types import Array, Cameras
+from nvs_common.errors import InputError
+from nvs_common.types import Array, Cameras, Views
 
 # Smallest z-depth that is divided by: points at or behind the camera plane project to a
 # far-away but finite pixel, so that gradients stay finite (they are masked by `valid`).
@@ -272,3 +273,48 @@ def _rotation_exp(axis_angle: Array) -> Array:
 def as_float32(cams: Cameras) -> Cameras:
     """The same cameras in float32, the type that geometry in models works in."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cams)
+
+
+def check_context(context: Views) -> int:
+    """Whether context [b, v] is whole, by its shapes alone; returns b.
+
+    Raises:
+      InputError: no views, no RGB images, or images and cameras that do not belong together.
+    """
+    images, cams = jnp.shape(context.images), context.cameras
+    if len(images) != 5 or images[-1] != 3 or 0 in images:
+        raise InputError(
+            f"context images have shape {images}; expected [b, v, h, w, 3] with a view or more."
+        )
+    _check_lead("context", cams, images[:2])
+    if (cams.height, cams.width) != images[2:4]:
+        raise InputError(
+            f"context images have {images[2]} x {images[3]} pixels and their cameras are for "
+            f"{cams.height} x {cams.width}; resize the cameras with the images (cameras.resize)."
+        )
+    return images[0]
+
+
+def check_targets(targets: Cameras, num_scenes: int) -> None:
+    """Whether targets [b, t] are whole and of as many scenes as the context, by shapes alone.
+
+    Raises:
+      InputError: they are not.
+    """
+    shape = jnp.shape(targets.near)
+    if len(shape) != 2 or shape[0] != num_scenes or 0 in shape:
+        raise InputError(
+            f"target cameras have leading axes {shape}; expected [b, t] with b={num_scenes}, as "
+            "the context has, and a target or more."
+        )
+    _check_lead("target", targets, shape)
+
+
+def _check_lead(name: str, cams: Cameras, lead: tuple[int, ...]) -> None:
+    ends = {"world_from_cam": (4, 4), "intrinsics": (4,), "near": (), "far": ()}
+    for field, end in ends.items():
+        if (found := jnp.shape(getattr(cams, field))) != (*lead, *end):
+            raise InputError(
+                f"{name} cameras: {field} has shape {found}; expected {(*lead, *end)}, one camera "
+                "for each view."
+            )

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from nvs_common import temporal
+from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras
 
 
@@ -52,9 +52,18 @@ def cross_view(
       cameras: [v].
       mask: [v, h, w], foreground where it is more than a half; by default all that has depth.
       tolerance: see `temporal.flicker`.
+
+    Raises:
+      InputError: arrays that do not fit together.
     """
     images, depth = jnp.asarray(images, jnp.float32), jnp.asarray(depth, jnp.float32)
-    chex.assert_equal_shape_prefix([images, depth], 3)
+    shapes = {"depth": depth.shape, "cameras": (*jnp.shape(cameras.near), *depth.shape[1:])}
+    shapes |= {} if mask is None else {"mask": jnp.shape(mask)}
+    if wrong := {name: shape for name, shape in shapes.items() if shape != images.shape[:-1]}:
+        raise InputError(
+            f"images have shape {images.shape}, and {wrong}: expected one map and one camera for "
+            "each image, of its size."
+        )
     known = jnp.isfinite(depth) & (depth > 0)
     if mask is not None:
         known &= jnp.asarray(mask) > 0.5

@@ -48,9 +48,10 @@ class Objects:
     elevation: tuple[float, float] = (10.0, 40.0)
 
     def __post_init__(self) -> None:
-        for name in ("num_scenes", "height", "width", "num_views"):
-            if getattr(self, name) < 1:
-                raise InputError(f"objects: {name} is {getattr(self, name)}; give >= 1.")
+        least = {"seed": 0, "num_scenes": 1, "height": 1, "width": 1, "num_views": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"objects: {name} is {getattr(self, name)}; give >= {low}.")
         low, high = self.elevation
         if not -80 <= low <= high <= 80:
             raise InputError(
@@ -112,11 +113,13 @@ class ObjectScene:
 
     def surface(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Points [count, 3] that are uniform on the surface of the object."""
-        found, missing = [], count
+        found, missing = [np.zeros((0, 3))], count
         while missing > 0:
             points, of = _on_solids(self.stage.solids, 4 * count, rng)
             # What lies in another solid is no surface.
-            points = points[~(_in_solids(self.stage.solids, points) & of).any(axis=-1)][:missing]
+            points = points[~(_in_solids(self.stage.solids, points) & of).any(axis=-1)]
+            # They come solid by solid: the first of them would not be uniform.
+            points = rng.permutation(points)[:missing]
             found.append(points)
             missing -= len(points)
         return np.concatenate(found)
