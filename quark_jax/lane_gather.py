@@ -180,9 +180,7 @@ def _walk(of: Views, place: Corner, begin: Corner, corner: Corner, scratch: Scra
     here = (pl.ds(place[0], ROWS), pl.ds(place[1], LANES))
     x, y = scratch.x[here], scratch.y[here]
     first, last = part_of(bounds(x, y, of), begin, _held(scratch))
-    x0, y0 = jnp.floor(x), jnp.floor(y)
-    right, below = x - x0, y - y0
-    x0, y0 = x0.astype(jnp.int32), y0.astype(jnp.int32)
+    (x0, right), (y0, below) = cell(x), cell(y)
     lanes = [x0 & (LANES - 1), (x0 + 1) & (LANES - 1)]
 
     def block(number: Array, _: None) -> None:
@@ -195,13 +193,10 @@ def _walk(of: Views, place: Corner, begin: Corner, corner: Corner, scratch: Scra
         part_of_window = number - (corner[1] >> LANE_BITS)
 
         def row(number: Array, _: None) -> None:
-            def of_row(at_y0: Any, below_it: Any) -> Array:
-                return jnp.where(y0 == number, at_y0, jnp.where(y0 + 1 == number, below_it, 0.0))
-
-            part = of_row(1 - below, below)
+            part = either(number, y0, 1 - below, below)
             sums = [(scratch.sample, [part * weight for weight in columns])]
             if scratch.slopes is not None:
-                slope = of_row(-1.0, 1.0)
+                slope = either(number, y0, -1.0, 1.0)
                 sums += [
                     (scratch.slopes.at[0], [part * weight for weight in column_slopes]),
                     (scratch.slopes.at[1], [slope * weight for weight in columns]),
@@ -220,6 +215,17 @@ def _walk(of: Views, place: Corner, begin: Corner, corner: Corner, scratch: Scra
         jax.lax.fori_loop(first[0], last[0] + 1, row, None)
 
     jax.lax.fori_loop(first[1] >> LANE_BITS, (last[1] >> LANE_BITS) + 1, block, None)
+
+
+def cell(position: Array) -> tuple[Array, Array]:
+    """The last pixel at or before positions, and how far behind it they are."""
+    before = jnp.floor(position)
+    return before.astype(jnp.int32), position - before
+
+
+def either(pixel: Array, before: Array, there: Any, after: Any) -> Array:
+    """What belongs to a pixel: `there` if it is the one before, `after` if the next, or zero."""
+    return jnp.where(pixel == before, there, jnp.where(pixel == before + 1, after, 0.0))
 
 
 def bounds(x: Array, y: Array, of: Views) -> tuple[Corner, Corner]:

@@ -68,7 +68,7 @@ def scratch_shapes(
 
 
 def add(
-    gradients: Any, of: lane_gather.Views, view: Array, position: Corner, scratch: Scratch
+    gradients: Any, of: lane_gather.Views, view: Array, position: tuple[Any, Any], scratch: Scratch
 ) -> None:
     """Adds the values in the scratch to the gradient of view number `view`.
 
@@ -152,19 +152,17 @@ def _walk(
     parts, rows = scratch.window.shape[:2]
     found = lane_gather.bounds(x, y, of)
     first, last = lane_gather.part_of(found, begin, (rows, parts * LANES))
-    x0, y0 = jnp.floor(x), jnp.floor(y)
-    right, below = x - x0, y - y0
-    x0, y0 = x0.astype(jnp.int32), y0.astype(jnp.int32)
+    (x0, right), (y0, below) = lane_gather.cell(x), lane_gather.cell(y)
 
     def block(number: Array, _: None) -> None:
         pixel = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) + number * LANES
         # [pixels, elements]
-        weights = jnp.where(pixel == x0, 1 - right, jnp.where(pixel == x0 + 1, right, 0.0))
+        weights = lane_gather.either(pixel, x0, 1 - right, right)
         part_of_window = number - (corner[1] >> LANE_BITS)
 
         def row(number: Array, _: None) -> None:
             # Pixels outside of the view are in no row that is visited, nor is their block's part.
-            part = jnp.where(y0 == number, 1 - below, jnp.where(y0 + 1 == number, below, 0.0))
+            part = lane_gather.either(number, y0, 1 - below, below)
             # All digits of both: what is added is exact to float32.
             added = jax.lax.dot_general(
                 values * part,

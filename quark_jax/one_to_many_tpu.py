@@ -6,16 +6,13 @@ running softmax. Delta [v, n, l, y, x, c] is never written to memory, not even a
 Channels are planes and elements lie along rows and lanes, so that 32 channels do not leave three
 quarters of 128 lanes empty, as they do in arrays that end in channels.
 
-The backward pass walks the same way: it samples each view again, with its slopes along x and y,
-knows the weights from the softmax's sums that the forward pass kept, and adds what reaches the
-samples to the features' gradient in memory (`lane_scatter`). Neither Delta nor its gradient is
-ever written. Both passes are exact to float32; the order of the sums is that of the grid.
+The backward pass, `one_to_many_tpu_backward`, walks the same way: Delta's gradient is never written
+either. Both passes are exact to float32 and sum in the order of the grid.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nvs_common.types import Array
-from quark_jax import lane_gather, lane_scatter, one_to_many
+from quark_jax import lane_gather, layer_tiles, one_to_many, one_to_many_tpu_backward
 
 # Rows and columns of a tile of a layer, and of the window of a view that is on the chip.
 TILE = (16, 256)
 WINDOW = (32, 384)
-_VMEM = 48 * 2**20
 
 
 class _Saved(NamedTuple):
@@ -41,49 +37,7 @@ class _Saved(NamedTuple):
     uv: Array  # [v, n, l, y, x, 2]
     takes_part: Array  # [v, n, l, y, x]
     mixed: Array  # [n, l, y, x, a, c] the result
-    log_total: Array  # [n, a, l, rows, columns] see `_Tiles`
-
-
-class _Tiles(NamedTuple):
-    """How elements [l, y, x] of one map are divided; what is beyond them looks at nothing."""
-
-    layers: int
-    size: tuple[int, int]
-    tile: tuple[int, int]
-    padded: tuple[int, int]  # rows and columns of all tiles
-    views: int
-
-    def pad(self, planes: Array, value: float = 0.0) -> Array:
-        edges = [(0, up - side) for up, side in zip(self.padded, self.size, strict=True)]
-        return jnp.pad(planes, [(0, 0)] * (planes.ndim - 2) + edges, constant_values=value)
-
-    def planes(self, elements: Array) -> Array:
-        """[l, y, x, a, c] as [a, c, l, rows, columns]."""
-        return self.pad(jnp.moveaxis(elements, (3, 4), (0, 1)))
-
-    def elements(self, planes: Array) -> Array:
-        """The other way."""
-        y, x = self.size
-        return jnp.moveaxis(planes[..., :y, :x], (0, 1), (3, 4))
-
-    @property
-    def grid(self) -> tuple[int, int, int, int]:
-        rows, columns = (up // side for up, side in zip(self.padded, self.tile, strict=True))
-        return self.layers, rows, columns, self.views
-
-    @property
-    def looks(self) -> int:
-        """Elements times views."""
-        return math.prod(self.padded) * self.layers * self.views
-
-    def of_element(self, *lead: int) -> pl.BlockSpec:
-        """Blocks of planes [*lead, l, rows, columns]."""
-        zeros = (0,) * len(lead)
-        return pl.BlockSpec((*lead, None, *self.tile), lambda l, i, j, v: (*zeros, l, i, j))
-
-    def of_view(self) -> pl.BlockSpec:
-        """Blocks of planes [v, l, rows, columns]."""
-        return pl.BlockSpec((None, None, *self.tile), lambda l, i, j, v: (v, l, i, j))
+    log_total: Array  # [n, a, l, rows, columns] of all tiles
 
 
 class _Scratch(NamedTuple):
@@ -149,26 +103,6 @@ def _over_maps(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _tiles(query: Array, views: int) -> _Tiles:
-    """Of queries [l, y, x, a, c]."""
-    layers, *size = query.shape[:3]
-    units = (lane_gather.ROWS, lane_gather.LANES)
-    rows, columns = (
-        min(most, side + -side % unit) for most, side, unit in zip(TILE, size, units, strict=True)
-    )
-    y, x = size
-    return _Tiles(layers, (y, x), (rows, columns), (y + -y % rows, x + -x % columns), views)
-
-
-def _looks(
-    tiles: _Tiles, sources: lane_gather.Views, uv: Array, takes_part: Array
-) -> tuple[Array, Array, Array]:
-    """Planes [v, l, rows, columns]: columns and rows in the views, and who takes part."""
-    x, y = uv[..., 0] * sources.width - 0.5, uv[..., 1] * sources.height - 0.5
-    nowhere = lane_gather.NOWHERE
-    return tiles.pad(x, nowhere), tiles.pad(y, nowhere), tiles.pad(takes_part.astype(jnp.float32))
-
-
 def _attend(
     query: Array, features: Array, uv: Array, takes_part: Array, *, scale: float, interpret: Any
 ) -> tuple[Array, Array]:
@@ -178,11 +112,12 @@ def _attend(
       [l, y, x, a, c], and the logarithm of the softmax's sums [a, l, rows, columns].
     """
     heads, channels = query.shape[3:]
-    tiles, sources = _tiles(query, len(features)), lane_gather.views(features)
+    tiles = layer_tiles.divide(query, len(features), tile=TILE, window=WINDOW)
+    sources, looks = lane_gather.views(features), tiles.elements * tiles.views
     planes = tiles.planes(query) * scale
     vmem = lambda *lead: pltpu.VMEM((*lead, *tiles.tile), jnp.float32)  # noqa: E731
-    gather = lane_gather.scratch_shapes(tiles.tile, sources, WINDOW)
-    cost = lane_gather.cost(tiles.looks // tiles.views, sources, tiles.tile, WINDOW)
+    gather = lane_gather.scratch_shapes(tiles.tile, sources, tiles.window)
+    cost = lane_gather.cost(tiles.elements, sources, tiles.tile, tiles.window)
     sums = jax.ShapeDtypeStruct((heads, *planes.shape[2:]), jnp.float32)
     mixed, log_total = pl.pallas_call(
         functools.partial(_kernel, sources),
@@ -196,19 +131,18 @@ def _attend(
         out_shape=[jax.ShapeDtypeStruct(planes.shape, jnp.float32), sums],
         scratch_shapes=[_Scratch(vmem(heads), vmem(heads), gather)],
         cost_estimate=pl.CostEstimate(
-            flops=cost.flops + 5 * tiles.looks * heads * channels,
-            bytes_accessed=cost.bytes_accessed
-            + 4 * (2 * planes.size + sums.size + 3 * tiles.looks),
-            transcendentals=2 * tiles.looks * heads,
+            flops=cost.flops + 5 * looks * heads * channels,
+            bytes_accessed=cost.bytes_accessed + 4 * (2 * planes.size + sums.size + 3 * looks),
+            transcendentals=2 * looks * heads,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM,
+            vmem_limit_bytes=48 * 2**20,
         ),
         interpret=interpret,
         name="one_to_many",
-    )(planes, *_looks(tiles, sources, uv, takes_part), sources.planes)
-    return tiles.elements(mixed), log_total
+    )(planes, *tiles.looks(uv, takes_part, sources), sources.planes)
+    return tiles.vectors(mixed), log_total
 
 
 def _kernel(
@@ -273,110 +207,16 @@ def _differentiate(
     scale: float,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """Of one map, as in `_attend`: gradients of query, features and uv."""
-    heads, channels = query.shape[3:]
-    tiles, sources = _tiles(query, len(features)), lane_gather.views(features)
-    planes, gradients = tiles.planes(query) * scale, tiles.planes(cotangent)
-    # The weighted mean of what the views' features are multiplied with, over the views.
-    mean = tiles.planes(jnp.sum(cotangent * mixed, axis=-1, keepdims=True))[:, 0]
-    nothing, whole = lane_scatter.nothing(sources), pl.BlockSpec(memory_space=pl.ANY)
-    like = lambda *arrays: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]  # noqa: E731
-    of_heads, looks = tiles.of_element(heads), _looks(tiles, sources, uv, takes_part)
-    inputs = (planes, gradients, log_total, mean, *looks, sources.planes, nothing)
-    to_query, to_x, to_y, to_features = pl.pallas_call(
-        functools.partial(_backward_kernel, sources),
-        grid=tiles.grid,
-        in_specs=[
-            *[tiles.of_element(heads, channels)] * 2,
-            *[of_heads] * 2,
-            *[tiles.of_view()] * 3,
-            *[whole] * 2,
-        ],
-        out_specs=[tiles.of_element(heads, channels), tiles.of_view(), tiles.of_view(), whole],
-        out_shape=like(planes, *looks[:2], nothing),
-        # The features' gradient begins as zeros and is added to in place.
-        input_output_aliases={len(inputs) - 1: 3},
-        scratch_shapes=[
-            lane_gather.scratch_shapes(tiles.tile, sources, WINDOW, slopes=True),
-            lane_scatter.scratch_shapes(tiles.tile, sources, WINDOW),
-        ],
-        cost_estimate=_backward_cost(tiles, sources, heads),
-        # Tiles add to the same pixels: one after the other.
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=_VMEM
-        ),
-        interpret=interpret,
-        name="one_to_many_backward",
-    )(*inputs)
-    y, x = tiles.size
-    to_uv = jnp.stack([to_x * sources.width, to_y * sources.height], axis=-1)[..., :y, :x, :]
-    return tiles.elements(to_query) * scale, lane_scatter.images(to_features, sources), to_uv
-
-
-def _backward_cost(tiles: _Tiles, sources: lane_gather.Views, heads: int) -> pl.CostEstimate:
-    elements, channels = tiles.looks // tiles.views, sources.planes.shape[1]
-    gather = lane_gather.cost(elements, sources, tiles.tile, WINDOW)
-    scatter = lane_scatter.cost(elements, sources, tiles.tile, WINDOW)
-    planes = elements * heads * (3 * channels + 2) + 5 * tiles.looks
-    return pl.CostEstimate(
-        # With its two slopes a sample costs three times as much.
-        flops=3 * gather.flops + scatter.flops + tiles.looks * channels * (10 * heads + 4),
-        bytes_accessed=gather.bytes_accessed + scatter.bytes_accessed + 4 * planes,
-        transcendentals=tiles.looks * heads,
+    """Gradients of query, features and uv of one map, in the shapes of `_attend`."""
+    tiles = layer_tiles.divide(query, len(features), tile=TILE, window=WINDOW)
+    # The mean over the views, by their weights, of the gradient's products with the samples.
+    mean = jnp.sum(cotangent * mixed, axis=-1, keepdims=True)
+    of_elements = one_to_many_tpu_backward.Elements(
+        tiles.planes(query) * scale, tiles.planes(cotangent), log_total, tiles.planes(mean)[:, 0]
     )
-
-
-def _backward_kernel(
-    sources: lane_gather.Views,
-    query_ref,
-    gradient_ref,
-    log_total_ref,
-    mean_ref,
-    x_ref,
-    y_ref,
-    takes_part_ref,
-    features_ref,
-    nothing_ref,
-    to_query_ref,
-    to_x_ref,
-    to_y_ref,
-    to_features_ref,
-    gather: lane_gather.Scratch,
-    scatter: lane_scatter.Scratch,
-):
-    """Gradients of one tile and view; the queries' are summed where they will be written."""
-    del nothing_ref  # the features' gradient, which is in its place
-    view = pl.program_id(3)
-    heads, channels = query_ref.shape[:2]
-    zeros = jnp.zeros(x_ref.shape, jnp.float32)
-
-    @pl.when(view == 0)
-    def _():
-        to_query_ref[...] = jnp.zeros_like(to_query_ref)
-
-    gather.x[...], gather.y[...] = x_ref[...], y_ref[...]
-    lane_gather.sample(sources._replace(planes=features_ref), view, gather)
-    scatter.values[...] = jnp.zeros_like(scatter.values)
-    for head in range(heads):
-
-        def multiply(c: Array, sums: tuple[Array, Array], head: int = head) -> tuple[Array, Array]:
-            sample = gather.sample[c]
-            return sums[0] + query_ref[head, c] * sample, sums[1] + gradient_ref[head, c] * sample
-
-        logit, seen = jax.lax.fori_loop(0, channels, multiply, (zeros, zeros))
-        logit = jnp.where(takes_part_ref[...] > 0, logit, one_to_many.LEFT_OUT)
-        weight = jnp.exp(logit - log_total_ref[head])
-        slope = weight * (seen - mean_ref[head])
-
-        def spread(c: Array, _: None, head: int = head, weight=weight, slope=slope) -> None:
-            to_query_ref[head, c] += slope * gather.sample[c]
-            scatter.values[c] += slope * query_ref[head, c] + weight * gradient_ref[head, c]
-
-        jax.lax.fori_loop(0, channels, spread, None)
-
-    def move(c: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        value = scatter.values[c]
-        return sums[0] + value * gather.slopes[0, c], sums[1] + value * gather.slopes[1, c]
-
-    to_x_ref[...], to_y_ref[...] = jax.lax.fori_loop(0, channels, move, (zeros, zeros))
-    lane_scatter.add(to_features_ref, sources, view, (gather.x, gather.y), scatter)
+    sources = lane_gather.views(features)
+    looks = tiles.looks(uv, takes_part, sources)
+    to_query, to_features, to_uv = one_to_many_tpu_backward.differentiate(
+        tiles, sources, of_elements, looks, interpret=interpret
+    )
+    return to_query * scale, to_features, to_uv
