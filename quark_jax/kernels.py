@@ -4,7 +4,8 @@
     kernels.attend(query, delta, valid, scale, implementation="tpu")  # this one, or an error
 
 "xla" is plain JAX, `one_to_many` and `drawing`; "tpu" are Pallas kernels that gather for
-themselves, `one_to_many_tpu` and `drawing_tpu`; "gpu" is `one_to_many_gpu`, drawing as "xla" does.
+themselves, `one_to_many_tpu` and `drawing_tpu`, and scatter in their backward passes; "gpu" is
+`one_to_many_gpu`, whose backward pass is that of "xla", as is all of its drawing.
 The default is "xla" on every device: there are plans of the devices' compilers for the kernels
 (`python launch/benchmark.py one_to_many` and `compositing`), but no time measured on a chip yet,
 and a kernel becomes a default by its time.

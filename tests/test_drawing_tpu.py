@@ -59,18 +59,59 @@ def test_pictures_are_those_of_the_plain_form(options, small_tiles):
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(again)))
 
 
+def gradients(draw, logits, target, context, **options):
+    """Of the map's logits, from colours, depths and alphas."""
+
+    def loss(logits):
+        rendered = draw(logits, target, context, **options)
+        return sum(jnp.sum(jnp.sin(x)) for x in (rendered.images, rendered.depth, rendered.alpha))
+
+    return jax.grad(loss)(logits)
+
+
+def exact_gradients(*arrays, **options):
+    """Those of the plain form in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
+        return jax.jit(functools.partial(gradients, drawing.draw, **options))(*wide)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(unseen="edge", opaque_background=True),
+        dict(mask_invalid=False, window=ldm.Window(2, 3, 9, 140)),
+    ],
+    ids=["edge", "window"],
+)
+@pytest.mark.thorough
+def test_gradients_of_the_map_are_those_of_the_plain_form(options, small_tiles):
+    arrays = world()
+    kernel = functools.partial(drawing_tpu.draw, interpret=True)
+    run = jax.jit(functools.partial(gradients, kernel, **options))
+    got, wanted = run(*arrays), exact_gradients(*arrays, **options)
+    same(got, wanted)
+    assert all(np.any(np.abs(x) > 1e-2) for x in jax.tree.leaves(wanted))
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(run(*arrays))))
+
+
+@pytest.mark.thorough
+def test_gradients_of_a_small_map_are_those_of_the_plain_form():
+    arrays = world(layers=3, size=(6, 9), views=1)
+    kernel = functools.partial(drawing_tpu.draw, interpret=True)
+    same(jax.jit(functools.partial(gradients, kernel))(*arrays), exact_gradients(*arrays))
+
+
 @pytest.mark.slow
-def test_gradients_are_those_of_the_plain_form():
+def test_gradients_of_the_inputs_are_those_of_the_plain_form():
     logits, target, context = world(size=(6, 9), views=1)
 
-    def loss(draw, logits, context):
-        rendered = draw(logits, target, context)
-        return sum(jnp.sum(jnp.sin(x)) for x in (rendered.images, rendered.depth, rendered.alpha))
+    def loss(draw, context):
+        return jnp.sum(jnp.sin(draw(logits, target, context).images))
 
     kernel = functools.partial(drawing_tpu.draw, interpret=True)
     got, wanted = (
-        jax.jit(jax.grad(functools.partial(loss, draw), argnums=(0, 1)))(logits, context)
-        for draw in (kernel, drawing.draw)
+        jax.jit(jax.grad(functools.partial(loss, draw)))(context) for draw in (kernel, drawing.draw)
     )
     same(got, wanted)
 
@@ -86,10 +127,16 @@ def test_targets_are_drawn_in_batches():
 @pytest.mark.thorough
 def test_copies_and_steps_do_not_race(small_tiles):
     logits, target, context = world(layers=1, size=(6, 9), views=1)
-    got = drawing_tpu.draw(logits, target, context, interpret=kernel_races.DETECT)
+    kernel = functools.partial(drawing_tpu.draw, interpret=kernel_races.DETECT)
+    got = kernel(logits, target, context)
     jax.block_until_ready(got)
     assert not kernel_races.found()
     same(got, drawing.draw(logits, target, context))
+
+    moved = gradients(kernel, logits, target, context)
+    jax.block_until_ready(moved)
+    assert not kernel_races.found()
+    same(moved, exact_gradients(logits, target, context))
 
 
 def test_what_the_kernel_does_not_draw_is_an_error():
@@ -104,9 +151,15 @@ def test_what_the_kernel_does_not_draw_is_an_error():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", accelerators.TPUS)
-def test_the_kernel_compiles_for(chip):
+def test_the_kernels_compile_for(chip):
     arrays = world(layers=3, views=2, grid=(27, 48), size=(100, 600))
     plan = accelerators.compile_for(chip, drawing_tpu.draw, *arrays)
     assert "tpu_custom_call" in plan.as_text()
     picture = 100 * 600 * 4
     assert accelerators.temporaries(plan) < 40 * picture
+
+    both = accelerators.compile_for(chip, functools.partial(gradients, drawing_tpu.draw), *arrays)
+    text = both.as_text()
+    # Of inputs and cameras nobody asks for gradients: the plain form's loops are not in it.
+    assert "draw_backward" in text and "while(" not in text
+    assert accelerators.temporaries(both) < 40 * picture

@@ -73,27 +73,81 @@ def test_values_on_a_gpu_are_those_of_the_plain_form(heads):
     np.testing.assert_array_equal(got, jax.jit(on_gpu)(*args))
 
 
-def test_gradients_are_those_of_the_plain_form():
-    args = case(maps=1, grid=(1, 2, 3), image=(4, 5), heads=1)
+def gradients(function, args):
+    """Of queries, features and positions."""
 
-    def loss(function, *floats):
+    def loss(*floats):
         return jnp.sum(jnp.sin(function(*floats, args[3])))
 
-    got, wanted = (
-        jax.jit(jax.grad(functools.partial(loss, function), argnums=(0, 1, 2)))(*args[:3])
-        for function in (fused, plain)
-    )
+    return jax.grad(loss, argnums=(0, 1, 2))(*args[:3])
+
+
+def exact_gradients(args):
+    """Those of the definition in float64."""
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in args[:3]]
+        run = jax.jit(lambda *floats: gradients(plain, (*floats, np.asarray(args[3]))))
+        return [np.asarray(x) for x in run(*wide)]
+
+
+def same_gradients(got, wanted):
     for one, other in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-        assert np.any(one)
+        assert one.shape == other.shape
+        # Positions in pixels are rounded to float32, and the features are noise.
+        np.testing.assert_allclose(one, other, atol=2e-5 * max(np.abs(other).max(), 1))
+
+
+def at_edges(args):
+    """Positions on pixel centres and where samples begin, and a view that sees nothing."""
+    query, features, uv, valid = args
+    height, width = features.shape[2:4]
+    uv = uv.at[0, :, 0, 0].set(jnp.array([-0.5 / width, 0.5]))
+    uv = uv.at[0, :, 0, 1].set(jnp.array([1 - 0.5 / width, 0.5 / height]))
+    return query, features, uv.at[1].add(3.0), valid.at[1].set(False)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(maps=2, views=1, grid=(2, 3, 5), image=(9, 140)),
+        dict(maps=1, views=3, grid=(1, 9, 130), image=(9, 5), heads=1),
+    ],
+    ids=["small windows, one view", "ragged tiles, three views"],
+)
+def test_gradients_are_those_of_the_plain_form(shape, monkeypatch):
+    monkeypatch.setattr(one_to_many_tpu, "TILE", (8, 128))
+    monkeypatch.setattr(one_to_many_tpu, "WINDOW", (8, 128))
+    args = case(**shape)
+    run = jax.jit(lambda *floats: gradients(fused, (*floats, args[3])))
+    got = run(*args[:3])
+    same_gradients(got, exact_gradients(args))
+    assert np.any(got[1]) and np.any(got[2])
+    assert all(map(np.array_equal, got, run(*args[:3])))
+
+
+def test_gradients_at_edges_are_those_of_the_plain_form():
+    # Sizes that are powers of two: positions are exact.
+    args = at_edges(case(maps=1, grid=(1, 2, 3), image=(8, 4)))
+    got = jax.jit(lambda *floats: gradients(fused, (*floats, args[3])))(*args[:3])
+    same_gradients(got, exact_gradients(args))
+    assert not np.any(got[1][1]) and not np.any(got[2][1])
 
 
 def test_copies_and_steps_do_not_race():
-    args = case(maps=1, views=2, grid=(1, 2, 3), image=(4, 5), heads=1)
-    got = fused(*args, interpret=kernel_races.DETECT)
+    query, features, uv, valid = case(maps=1, views=2, grid=(1, 2, 3), image=(4, 5), heads=1)
+
+    def forward(*floats):
+        return fused(*floats, valid, interpret=kernel_races.DETECT)
+
+    got, backward = jax.vjp(forward, query, features, uv)
     jax.block_until_ready(got)
     assert not kernel_races.found()
-    np.testing.assert_allclose(got, exact(*args), atol=2e-5)
+    np.testing.assert_allclose(got, exact(query, features, uv, valid), atol=2e-5)
+
+    moved = backward(jnp.cos(got))
+    jax.block_until_ready(moved)
+    assert not kernel_races.found()
+    same_gradients(moved, exact_gradients((query, features, uv, valid)))
 
 
 def test_other_types_are_an_error():
@@ -108,14 +162,28 @@ def test_other_types_are_an_error():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", accelerators.TPUS)
-def test_the_kernel_compiles_for(chip):
+def test_the_kernels_compile_for(chip):
     shapes = jax.eval_shape(
         lambda: case(maps=1, views=8, grid=(3, 24, 256), image=(20, 125), heads=1, channels=32)
     )
-    compiled = accelerators.compile_for(chip, functools.partial(fused, interpret=False), *shapes)
-    assert "tpu_custom_call" in compiled.as_text()
+    kernel = functools.partial(fused, interpret=False)
     delta = 8 * 3 * 24 * 256 * 32 * 4
-    assert accelerators.temporaries(compiled) < delta / 2
+    forward = accelerators.compile_for(chip, kernel, *shapes)
+    assert "tpu_custom_call" in forward.as_text()
+    assert accelerators.temporaries(forward) < delta / 2
+
+    both = accelerators.compile_for(chip, lambda *args: gradients(kernel, args), *shapes)
+    assert "one_to_many_backward" in both.as_text()
+    assert accelerators.temporaries(both) < delta
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", accelerators.TPUS)
+def test_kernels_for_odd_channels_and_heads_compile_for(chip):
+    shapes = jax.eval_shape(lambda: case(maps=1, grid=(1, 9, 130), heads=2, channels=3))
+    kernel = functools.partial(fused, interpret=False)
+    both = accelerators.compile_for(chip, lambda *args: gradients(kernel, args), *shapes)
+    assert "one_to_many_backward" in both.as_text()
 
 
 @pytest.mark.aot
