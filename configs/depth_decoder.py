@@ -121,8 +121,6 @@ def _tiny() -> Any:
     config.data.update(choice="nearest_random", nearest=1)
     config.data.update(views_per_scene=12, keep_in_memory=True, workers=1)
     config.model.vae.update(channels=(32, 32), num_resnets=1, num_mid=2, dtype="float32")
-    # Of the 12 numbers of 2 x 2 pixels: 4 would be spent on light and dark, without colours.
-    config.model.vae.latent_channels = 8
     config.model.update(levels=1, samples=(6,), head_size=32)
     # Up to twice the deviation of the small autoencoder's own latents: other views are worth
     # looking at where one's own latents are bad.

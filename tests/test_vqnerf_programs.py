@@ -63,6 +63,20 @@ def test_variants_of_the_ablation_change_what_they_say():
         vqnerf_variants.study(config, 7)
 
 
+@pytest.mark.thorough
+def test_a_row_of_the_ablation_is_measured(monkeypatch):
+    monkeypatch.setattr(vqnerf_variants, "_CELLS", 16)
+    monkeypatch.setattr(vqnerf_variants, "_POINTS", 500)
+    config = test_vqnerf.config()
+    config.batch_size = 8
+    config.data.update(source="procedural_object", height=24, width=24, views_per_scene=16)
+    config.model.field.grids = (4, 8)
+    lines = vqnerf_variants.study(config, 2, ["full"])
+    row = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
+    assert row[0] == "full" and len(row) == len(vqnerf_variants.HEAD)
+    assert 3 < float(row[1]) < 40 and 0 < float(row[4]) < 2000
+
+
 def run(program, *args):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

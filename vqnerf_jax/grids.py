@@ -33,7 +33,7 @@ def init(key: Array, resolutions: Sequence[int], channels: int) -> dict[str, Arr
 def lookup(grids: Mapping[str, Array], points: Array) -> Array:
     """Features [..., levels * c] at points [..., 3] in [-1, 1]^3; those of the border beyond it."""
     flat = jnp.clip(points.reshape(-1, 3), -1, 1)
-    found = [_trilinear(grids[f"level_{i}"], flat) for i in range(len(grids))]
+    found = [_trilinear(jnp.asarray(grids[f"level_{i}"]), flat) for i in range(len(grids))]
     return jnp.concatenate(found, axis=-1).reshape(*points.shape[:-1], -1)
 
 
