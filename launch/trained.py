@@ -140,9 +140,7 @@ def load_run(workdir: str, step: int | None) -> weights.Weights:
     Raises:
       InputError: no such run or step, or a damaged checkpoint.
     """
-    folder = pathlib.Path(workdir) / checkpoint.FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
-    step = max(steps, default=None) if step is None else step
+    step = checkpoint.newest_step(workdir) if step is None else step
     config, variables = checkpoint.load_variables(workdir, step)
     assert step is not None  # load_variables has refused a run without steps
     return weights.Weights(config, variables, step, _session(pathlib.Path(workdir), step))

@@ -161,8 +161,43 @@ def test_an_uncommitted_step_does_not_count(tmp_path):
 def test_when_every_step_is_damaged_the_run_does_not_start_afresh(tmp_path):
     save(tmp_path, 1)
     flip(payload(tmp_path, 1))
-    with pytest.raises(errors.InputError, match=r"every checkpoint \(\[1\]\) is damaged"):
-        restore(tmp_path)
+    for _ in range(2):
+        with pytest.raises(errors.InputError, match=r"every checkpoint is damaged .*\(1.bad\)"):
+            restore(tmp_path)
+
+
+def test_a_step_in_the_folder_of_another_is_damage(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "20")
+    assert restore(tmp_path).step == 1
+    assert (tmp_path / "checkpoints" / "20.bad").is_dir()
+
+
+def test_a_save_under_way_is_not_the_newest_step(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "5").mkdir()
+    assert checkpoint.newest_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["a[1]", "back\\slash"])
+def test_paths_that_could_not_be_read_again_are_refused(tmp_path, name):
+    with pytest.raises(errors.InputError, match="choose another --workdir"):
+        checkpoint.Store(tmp_path / name, keep=1)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    store = checkpoint.Store(tmp_path, keep=1)
+    for error in (OSError(28, "No space left"), ValueError("RESOURCE_EXHAUSTED: no space\nmore")):
+
+        def fail(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(store._manager, "wait_until_finished", fail)
+        with pytest.raises(errors.InputError, match="could not be saved .*(?i:no space)") as e:
+            store.wait()
+        assert "\n" not in str(e.value)
+    monkeypatch.undo()
+    store.close()
 
 
 def test_a_checkpoint_of_another_config_names_parameters_and_shapes(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 from configs import depth_decoder as depth_config
 from depth_decoder_jax import SVDVAE, task, to_torch
 from launch import sdf_fit, trained
-from nvs_common import checkpoint, sharding, weights
+from nvs_common import sharding, starting, weights
 from nvs_common.data import objects
 from nvs_common.errors import InputError
 
@@ -221,6 +221,6 @@ def test_published_weights_become_a_start_of_training(program, tmp_path):
     assert tuple(config.model.vae.channels) == (32, 32) and config.model.vae.num_mid == 1
     # The decoder has parts that the autoencoder lacks, and no other.
     made = trained.abstract_variables(model().task, 1, SIZE, SIZE)["params"]
-    found = checkpoint.initial_params(file, made, config.init_new)
+    found = starting.initial_params(file, made, config.init_new)
     assert set(found) == {"vae"} and set(made) - set(found) == {"cross_0"}
     np.testing.assert_array_equal(found["vae"]["quant_conv"]["bias"], np.full(8, 0.25))

@@ -32,6 +32,7 @@ NOT_FOR_SYSTEMS = (
     "nvs_common.data",
     "nvs_common.train",
     "nvs_common.checkpoint",
+    "nvs_common.starting",
     "launch",
     "configs",
 )

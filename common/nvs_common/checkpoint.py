@@ -7,9 +7,10 @@ one that does not restore to its digests is set aside as `N.bad` and the one bef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import options as ocp_options
 
-from nvs_common import digests, errors, runs, sharding, weights
+from nvs_common import digests, errors, runs, sharding
 from nvs_common.types import Variables
 
 FOLDER = "checkpoints"
@@ -56,8 +57,16 @@ class Store:
           workdir: folder of the run.
           keep: how many steps to keep, all if None.
           read_only: neither create the folder nor tidy up after a killed save.
+
+        Raises:
+          InputError: a path under which checkpoints could be saved and not read again.
         """
         self.folder = pathlib.Path(workdir).resolve() / FOLDER
+        if not read_only and (bad := sorted(set("[\\") & set(str(self.folder)))):
+            raise errors.InputError(
+                f"{self.folder}: checkpoints under a path with {' or '.join(bad)} cannot be read "
+                "again (TensorStore takes it for something else); choose another --workdir."
+            )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=not read_only,
@@ -97,7 +106,8 @@ class Store:
         for name, value in {"position": position, "config": config, "digests": sums}.items():
             # A JSON item is a mapping at the top.
             items[name] = ocp.args.JsonSave({"value": value})
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._named_failure():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
         """Restores the newest step that is whole, onto the shardings of `abstract`.
@@ -109,7 +119,8 @@ class Store:
           The step, or None where no step was ever committed.
 
         Raises:
-          InputError: the checkpoint belongs to another config, or no step is whole.
+          InputError: the checkpoint belongs to another config, or no step is whole, now or
+            earlier.
         """
         steps = self.steps()[::-1]
         for step in steps:
@@ -122,10 +133,10 @@ class Store:
             if _agreed(fault is None) and restored is not None:
                 return restored
             self._set_aside(step, fault or "damaged on another process")
-        if steps:
+        if bad := sorted(path.name for path in self.folder.glob("*.bad*")):
             raise errors.InputError(
-                f"{self.folder}: every checkpoint ({steps}) is damaged and was renamed to N.bad; "
-                "use another --workdir to start again."
+                f"{self.folder}: every checkpoint is damaged and was renamed ({', '.join(bad)}); "
+                "use another --workdir to start again, or remove these folders."
             )
         return None
 
@@ -145,7 +156,7 @@ class Store:
             return None
 
     def variables(self, step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The config and {"params", collections} of a step, EMA parameters where there are any.
+        """Config and {"params", collections} of a step, EMA parameters where there are any.
 
         Raises:
           InputError: there is no such step, or it is damaged.
@@ -169,8 +180,31 @@ class Store:
             ) from e
 
     def wait(self) -> None:
-        """Waits until the save under way is committed; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Waits until the save under way is committed.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        with self._named_failure():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        """What a full disk or a missing right raises, as one line."""
+        try:
+            yield
+        except OSError as e:
+            reason = e.strerror or str(e)
+        except ValueError as e:  # TensorStore's, with the name of the status in front
+            if not str(e).startswith(("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
+                raise
+            reason = str(e).splitlines()[0][:200]
+        else:
+            return
+        raise errors.InputError(
+            f"{self.folder}: the checkpoint could not be saved ({reason}); the steps before it "
+            "are whole: mend that and run again to go on."
+        )
 
     def close(self) -> None:
         """Waits for the save under way and ends the background threads."""
@@ -180,6 +214,9 @@ class Store:
         recorded = self._json(step, "digests")
         _check_same_model(recorded["trees"], abstract, self.folder / str(step))
         trees = self._trees(step, abstract, recorded["trees"])
+        saved = trees.get("progress", {}).get("step", step)
+        if int(saved) != step:
+            raise _Damaged(f"it holds step {int(saved)}: the folder was renamed")
         position = self._json(step, "position")
         if digests.of_json(position) != recorded["position"]:
             raise _Damaged("the data position differs from its digest")
@@ -235,7 +272,7 @@ def load_variables(
 
     Args:
       workdir: folder of a training run.
-      step: the step to load, the newest by default.
+      step: the step to load, by default the newest whose save is complete.
 
     Returns:
       The config of the run and its variables (EMA parameters where there are any).
@@ -243,6 +280,23 @@ def load_variables(
     Raises:
       InputError: no checkpoint there, no such step, or it is damaged.
     """
+    with _reading(workdir) as store:
+        config, variables = store.variables(step)
+    return runs.from_json(config), variables
+
+
+def newest_step(workdir: str | pathlib.Path) -> int | None:
+    """The newest step of a run whose save is complete; None where there is none.
+
+    Raises:
+      InputError: no run there.
+    """
+    with _reading(workdir) as store:
+        return max(store.steps(), default=None)
+
+
+@contextlib.contextmanager
+def _reading(workdir: str | pathlib.Path) -> Iterator[Store]:
     folder = pathlib.Path(workdir) / FOLDER
     if not folder.is_dir():
         raise errors.InputError(
@@ -250,48 +304,9 @@ def load_variables(
         )
     store = Store(workdir, keep=None, read_only=True)
     try:
-        config, variables = store.variables(step)
+        yield store
     finally:
         store.close()
-    return runs.from_json(config), variables
-
-
-def initial_params(source: str | pathlib.Path, like: Any, new: Sequence[str] = ()) -> Any:
-    """Parameters to start a run from: a run's newest checkpoint, or a file of released weights.
-
-    Of a run they are the EMA parameters where it has them.
-
-    Args:
-      source: a run's folder, or a file that `weights.write` has written.
-      like: the new run's parameters, or their shapes.
-      new: starts of names, such as "cross_", of top-level parts that the source need not have.
-
-    Returns:
-      The tree of parameters, without those of these parts that the source lacks.
-
-    Raises:
-      InputError: nothing whole there, or its parameters have other names or shapes.
-    """
-    if pathlib.Path(source).is_file():
-        variables = weights.read(source).variables
-    else:
-        variables = load_variables(source)[1]
-    params, like = (
-        _without(variables["params"], like, new),
-        _without(like, variables["params"], new),
-    )
-    if wrong := shape_differences(array_shapes(params), array_shapes(like)):
-        raise errors.InputError(
-            f"init_from={source} holds another model: {wrong}; start from one whose "
-            "config.model has the same network, or name in config.init_new what it may lack."
-        )
-    return params
-
-
-def _without(tree: Any, other: Any, new: Sequence[str]) -> dict[str, Any]:
-    """A tree without the parts that may be new and that another tree lacks."""
-    lacks = lambda name: name not in other and name.startswith(tuple(new))  # noqa: E731
-    return {name: part for name, part in tree.items() if not lacks(name)}
 
 
 def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

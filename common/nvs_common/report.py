@@ -80,11 +80,15 @@ class Writer:
           start_step: the step that was restored, 0 for a new run.
         """
         self._active = jax.process_index() == 0
+        path = workdir / "metrics.jsonl"
+        before = _until(path.read_text(errors="replace"), start_step) if path.exists() else ""
+        self._written = {
+            (line["kind"], line["step"]) for line in map(json.loads, before.splitlines())
+        }
         if not self._active:
             return
-        path = workdir / "metrics.jsonl"
         if path.exists():
-            runs.write_text(path, _until(path.read_text(), start_step))
+            runs.write_text(path, before)
         self._lines = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start_step + 1)
 
@@ -93,6 +97,7 @@ class Writer:
 
         A value that is not finite is written as null: JSON has no word for it.
         """
+        self._written.add((kind, step))
         if not self._active:
             return
         line = {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -101,6 +106,10 @@ class Writer:
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
         self._board.flush()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a line of this kind is there for a step."""
+        return (kind, step) in self._written
 
     def images(self, step: int, kind: str, images: Mapping[str, Any]) -> None:
         """Adds uint8 images [h, w, 3] to TensorBoard."""
@@ -172,9 +181,13 @@ def average(window: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _until(text: str, step: int) -> str:
-    """The lines of metrics.jsonl up to a step; a half-written last line is dropped."""
+    """The lines of metrics.jsonl up to a step; a half-written or damaged line is dropped."""
     kept = []
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            value = json.loads(line) if line.endswith("\n") else {}
+            if "kind" in value and value["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, LookupError):
+            _log.warning("metrics.jsonl: line %d is damaged and dropped", number)
     return "".join(kept)

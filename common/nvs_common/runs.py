@@ -6,15 +6,18 @@ A workdir belongs to one config. Fields that only say how long, how often or on 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -26,6 +29,8 @@ from nvs_common import errors
 
 # An ml_collections.ConfigDict; its fields have no static types.
 Config: TypeAlias = Any
+
+_log = logging.getLogger(__name__)
 
 OPERATIONAL = (
     "log_every",
@@ -99,17 +104,72 @@ def check_workdir(workdir: str | pathlib.Path, config: Config) -> None:
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
+        if any(p.name.isdecimal() for p in path.parent.glob("checkpoints/*")):
+            raise errors.InputError(
+                f"{path} is missing beside checkpoints, so that nothing says what config they are "
+                "of; put it back, use another --workdir, or --accept_changes if this is theirs."
+            )
         return
     try:
         old = json.loads(path.read_text())
     except ValueError as e:
         raise errors.InputError(f"{path}: not JSON ({e}); use another --workdir.") from e
+    if not isinstance(old, Mapping):
+        raise errors.InputError(f"{path}: not a config; put it back, or use another --workdir.")
     changed = differences(old, to_json(config))
     if changed:
         raise errors.InputError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); use another "
             "--workdir, or --accept_changes to go on from its checkpoint with the new config."
         )
+
+
+def check_fields(config: Config) -> None:
+    """Whether the fields that the training loop reads can be meant.
+
+    Raises:
+      InputError: names the first that cannot.
+    """
+    least = {"num_steps": 0, "batch_size": 1, "accumulate": 1, "log_every": 1}
+    least |= {"keep_checkpoints": 1, "checkpoint_every": 0, "eval_every": 0, "max_skipped": 0}
+    least |= {"stop_after_minutes": 0, "ema": 0}
+    for name, low in least.items():
+        # `not ... >=` also refuses NaN.
+        if not config[name] >= low:
+            raise errors.InputError(f"{name}={config[name]}: expected {low} or more.")
+    if config.ema >= 1:
+        raise errors.InputError(f"ema={config.ema}: expected a decay below 1; 0 keeps no average.")
+    profile = tuple(config.profile)
+    if len(profile) != 2 or not 0 <= profile[0] <= profile[1]:
+        raise errors.InputError(f"profile={profile}: expected (first step, step after the last).")
+    rate = config.optim.learning_rate
+    if not 0 <= rate < float("inf"):
+        raise errors.InputError(f"optim.learning_rate={rate}: expected a finite number, 0 or more.")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the folder of a run and holds it against other processes on this machine.
+
+    Two sessions would tidy away each other's unfinished checkpoints.
+
+    Raises:
+      InputError: the folder cannot be made, or another process trains in it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                file = stack.enter_context((workdir / "lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise errors.InputError(
+                f"{workdir}: another process trains in it; wait for its end, or use another "
+                "--workdir."
+            ) from None
+        except OSError as e:
+            raise errors.InputError(f"{workdir}: cannot be written to ({e.strerror}).") from e
+        yield
 
 
 def check_agreement(config: Config) -> None:
@@ -154,7 +214,7 @@ def write_session(
       step: the step it starts from.
     """
     path = workdir / "run.json"
-    sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+    sessions = _sessions(path)
     device = mesh.devices.flat[0]
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -175,6 +235,19 @@ def write_session(
     }
     write_text(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     write_text(path, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
+
+
+def _sessions(path: pathlib.Path) -> list[Any]:
+    """Sessions so far; what cannot be read is set aside as run.json.bad."""
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text())["sessions"])
+    except (ValueError, LookupError, TypeError) as e:
+        aside = path.with_name(path.name + ".bad")
+        _log.warning("%s is damaged (%s): renamed to %s", path, e, aside.name)
+        path.replace(aside)
+        return []
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

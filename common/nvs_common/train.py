@@ -30,6 +30,7 @@ from nvs_common import (
     report,
     runs,
     sharding,
+    starting,
     stopping,
     training_step,
 )
@@ -83,17 +84,19 @@ def fit(
       The state after the last step made.
 
     Raises:
-      InputError: the config does not fit the devices, the data or the checkpoint in workdir, or
-        more than max_skipped steps in a row were skipped.
+      InputError: the config does not fit the devices, the data or the checkpoint in workdir,
+        which cannot be written to or in which another process trains; or more than max_skipped
+        steps in a row were skipped.
       Preempted: SIGTERM arrived; a checkpoint was saved.
     """
     workdir = pathlib.Path(workdir).absolute()
+    runs.check_fields(config)
     runs.check_agreement(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     training_step.check_batch(config, mesh)
     tx = optim.make(config, task.param_axes)
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(runs.locked(workdir))
         stop = stack.enter_context(stopping.Stop(config.stop_after_minutes))
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(sharding.axis_rules())
@@ -156,17 +159,23 @@ def _start(task, tx, batches, config, mesh, store: checkpoint.Store) -> _Start:
 
 
 def _started_from(run: str, state: State, abstract: State, new: tuple[str, ...]) -> State:
-    """A new state with the parameters of another run; its average starts there too.
+    """A new state with parameters and collections of another run; its average starts there too.
 
     Parts whose names start with one of `new` keep their initial values where the run lacks them.
     """
-    params = checkpoint.initial_params(run, abstract.params, new)
-    params = {name: params.get(name, part) for name, part in state.params.items()}
-    _log.info("parameters are those of the run in %s", run)
+    like = {"params": abstract.params, **abstract.collections}
+    found = starting.initial_variables(run, like, new)
+    params = {name: found["params"].get(name, part) for name, part in state.params.items()}
+    kept = {name: found.get(name, part) for name, part in state.collections.items()}
+    said = [name for name in kept if name in found]
+    _log.info("%s are those of the run in %s", ", ".join(["parameters", *said]), run)
     place = training_step.layout(abstract.params)
     average = None if state.ema_params is None else jax.device_put(params, place)
     return dataclasses.replace(
-        state, params=jax.device_put(jax.tree.map(jnp.copy, params), place), ema_params=average
+        state,
+        params=jax.device_put(jax.tree.map(jnp.copy, params), place),
+        ema_params=average,
+        collections=jax.device_put(kept, training_step.layout(abstract.collections)),
     )
 
 
@@ -240,6 +249,9 @@ class _Loop:
             self._between(state, step, ended)
         self._trace(None, state)
         self.store.wait()
+        # A session that was stopped in its last step, or in that evaluation, left it out.
+        if step == self.config.num_steps and not ended and not self.writer.has("eval", step):
+            self._evaluate(state, step)
         if ended:
             self._say_why(step, ended)
         return state
@@ -253,16 +265,20 @@ class _Loop:
         if last or _due(step, config.checkpoint_every):
             position = self.feed.position
             self.store.save(step, to_trees(state), position, runs.to_json(config))
-        if self.evaluate is None or ended == "preempted":
+        if ended != "preempted" and (last or _due(step, config.eval_every)):
+            self._evaluate(state, step)
+
+    def _evaluate(self, state: State, step: int) -> None:
+        """Evaluates, where the run does."""
+        if self.evaluate is None or not self.config.eval_every:
             return
-        if config.eval_every and (last or step % config.eval_every == 0):
-            began = time.perf_counter()
-            result = self.evaluate(training_step.variables(state), step)
-            self.writer.scalars(step, "eval", result.metrics)
-            self.writer.images(step, "eval", result.images)
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
-            _log.info("evaluation at step %d: %s", step, shown)
-            self.clock.leave_out(time.perf_counter() - began)
+        began = time.perf_counter()
+        result = self.evaluate(training_step.variables(state), step)
+        self.writer.scalars(step, "eval", result.metrics)
+        self.writer.images(step, "eval", result.images)
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
+        _log.info("evaluation at step %d: %s", step, shown)
+        self.clock.leave_out(time.perf_counter() - began)
 
     def _next_batch(self, under_way: Sequence[training_step.Metrics]) -> Any:
         """The next batch on the mesh; time in which the device idles for it is counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -220,7 +220,11 @@ def _keys(config: runs.Config) -> Array:
 def _gradient(
     task: Task, state: State, batch: Batch, key: Array, accumulate: int
 ) -> tuple[tuple[Array, Aux], Any]:
-    """((loss, aux), gradient), each the mean over microbatches; collections are the last ones."""
+    """((loss, aux), gradient), each the mean over microbatches; collections are the last ones.
+
+    All microbatches are of one step: what a task counts in the collection "schedule" under "step"
+    stays as it was until the last of them.
+    """
 
     def one(collections, part, key):
         def loss(params):
@@ -240,7 +244,8 @@ def _gradient(
         part = jax.tree.map(lambda x: _pin(x), part)
         value, aux, grads = one(collections, part, jax.random.fold_in(key, index))
         sums = jax.tree.map(jnp.add, sums, (value, aux.metrics, grads))
-        return (aux.collections, sums), None
+        counted = _step(aux.collections)
+        return (_at_step(aux.collections, _step(state.collections)), sums), counted
 
     parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
     first = jax.tree.map(lambda x: x[0], parts)
@@ -248,11 +253,24 @@ def _gradient(
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1].metrics, shapes[2])
     )
-    (collections, sums), _ = jax.lax.scan(
+    (collections, sums), counted = jax.lax.scan(
         body, (state.collections, zeros), (parts, jnp.arange(accumulate))
     )
+    collections = _at_step(collections, None if counted is None else counted[-1])
     value, metrics, grads = jax.tree.map(lambda x: x / accumulate, sums)
     return (value, Aux(metrics, collections)), grads
+
+
+def _step(collections: Mapping[str, Any]) -> Array | None:
+    """The step that a task counts by itself, if it does."""
+    return collections.get("schedule", {}).get("step")
+
+
+def _at_step(collections: Mapping[str, Any], step: Array | None) -> dict[str, Any]:
+    """The collections at that step; as they are where a task counts none."""
+    if step is None:
+        return dict(collections)
+    return {**collections, "schedule": {**collections["schedule"], "step": step}}
 
 
 def _split(x: Array, accumulate: int) -> Array:
