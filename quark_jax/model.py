@@ -20,7 +20,8 @@ from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras, Render, Views
 from quark_jax import drawing, encoder, fusion, kernels, ldm, one_to_many
 from quark_jax import prior as sweep_prior
-from quark_jax.stages import PAPER_STAGES, Fused, Stage, check_stages
+from quark_jax import stages as schedule
+from quark_jax.stages import PAPER_STAGES, Fused, Stage
 
 
 class Quark(nn.Module):
@@ -121,7 +122,7 @@ class Quark(nn.Module):
         for name in ("layers", "channels") + (() if self.upsampling else ("grid_area",)):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        check_stages(self.stages, len(self.encoder_blocks))
+        schedule.check_stages(self.stages, len(self.encoder_blocks))
 
     def __call__(self, context: Views, targets: Cameras) -> Render:
         """Renders targets [b, t] from context [b, v]; images are [b, t, h, w, 3].
