@@ -1,5 +1,7 @@
 """Pinhole geometry: rays, projection, Plücker coordinates, pose normalisation. Always float32.
 
+At the end are the checks of what models are asked: views and cameras that fit together.
+
 Frames: `world_from_cam` maps OpenCV camera axes (x right, y down, z forward) to the world.
 Depth is z-depth (distance along the optical axis), not distance along the ray.
 Functions take cameras with any leading axes [...] and points with [..., *, 3], where *
