@@ -81,6 +81,8 @@ def _svd() -> Any:
                     num_resnets=2,
                     num_mid=2,
                     latent_channels=4,
+                    # Of the norms; a group that is one channel loses an image's mean colour.
+                    groups=32,
                     dtype="bfloat16",
                 ),
                 levels=3,
@@ -120,7 +122,7 @@ def _tiny() -> Any:
     # Six neighbours on an orbit of twelve, the front among them: views that see the same surface.
     config.data.update(choice="nearest_random", nearest=1)
     config.data.update(views_per_scene=12, keep_in_memory=True, workers=1)
-    config.model.vae.update(channels=(32, 32), num_resnets=1, num_mid=2, dtype="float32")
+    config.model.vae.update(channels=(32, 32), num_resnets=1, groups=8, dtype="float32")
     config.model.update(levels=1, samples=(6,), head_size=32)
     # Up to twice the deviation of the small autoencoder's own latents: other views are worth
     # looking at where one's own latents are bad.

@@ -70,7 +70,7 @@ from launch import (
     vqnerf_costs,
     vqnerf_variants,
 )
-from nvs_common import errors, runs
+from nvs_common import errors, outputs
 from nvs_common.data import sources
 from quark_jax import task as quark_task
 from vqnerf_jax import task as vqnerf_task
@@ -119,13 +119,15 @@ def main(argv) -> None:
     """Runs the named benchmark and prints its table."""
     if len(argv) != 2 or argv[1] not in BENCHMARKS:
         raise errors.InputError(f"name one benchmark of {sorted(BENCHMARKS)}, found {argv[1:]}")
+    if _OUT.value:
+        outputs.check_file(_OUT.value)
     lines = []
     # Line by line: large sizes take many minutes, and a table that is there can be read.
     for line in itertools.chain([_machine(), ""], BENCHMARKS[argv[1]]()):
         print(line, flush=True)
         lines.append(line)
     if _OUT.value:
-        runs.write_text(pathlib.Path(_OUT.value), "\n".join(lines) + "\n")
+        outputs.write_text(_OUT.value, "\n".join(lines) + "\n")
 
 
 def quark() -> Iterator[str]:

@@ -32,7 +32,7 @@ from absl import flags
 import depth_decoder_jax
 import lvsm_jax
 from launch import cli
-from nvs_common import runs, weights
+from nvs_common import outputs, weights
 from nvs_common.errors import InputError
 from nvs_common.types import Variables
 
@@ -118,7 +118,7 @@ def main(_) -> int:
     training = {"converted from": source.name, "SHA-256": digest, "licence": converted.licence}
     weights.write(out, weights.Weights(config, converted.variables, 0, training))
     card = out.with_suffix(".md")
-    runs.write_text(card, _card(source.name, digest, converted))
+    outputs.write_text(card, _card(source.name, digest, converted))
     count = weights.num_values(converted.variables)
     kind = converted.model.get("architecture", config.system)
     print(f"{out}: {kind}, {count:,} parameters")

@@ -17,7 +17,6 @@ surface. Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -30,11 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from depth_decoder_jax import model, task, two_pass, vae
 from launch import cli, sdf_fit, trained
-from nvs_common import consistency, metrics, panels, reconstruction, rendering, runs
+from nvs_common import consistency, metrics, outputs, panels, reconstruction, rendering
 from nvs_common.data import objects, scene_files, scenes
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Cameras, Views
@@ -72,6 +70,7 @@ class Chosen(NamedTuple):
 
 def main(_) -> int:
     """Decodes; returns the exit code."""
+    out = outputs.check_folder(_OUT.value)
     run = trained.load(_SOURCE)
     if run.config.system != "depth_decoder":
         raise InputError(f"{run.path}: {run.config.system} decodes no views; pass a depth decoder.")
@@ -90,7 +89,7 @@ def main(_) -> int:
         rounds=_ROUNDS.value if _DEPTH.value == SDF else 1,
     )
     measured = measure(found, chosen, surfaces)
-    write(pathlib.Path(_OUT.value), found, chosen, measured, surfaces)
+    write(out, found, chosen, measured, surfaces)
     print(", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
     return 0
 
@@ -240,12 +239,12 @@ def write(
     """Everything that the program leaves; nothing where the surface cannot be made."""
     surface = _mesh(surfaces[-1]) if surfaces else None
     for folder, images in (("first", found.first[0]), ("images", found.images[0])):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        outputs.check_folder(out / folder)
         for index, image in zip(chosen.views, images, strict=True):
             name = pathlib.PurePath(chosen.scene.names[index]).stem
-            Image.fromarray(panels.to_uint8(image)).save(out / folder / f"{name}.png")
+            outputs.write_image(out / folder / f"{name}.png", panels.to_uint8(image))
     depth, mask = np.asarray(found.depth[0]), np.asarray(found.mask[0])
-    np.savez(out / "depth.npz", depth=depth, mask=mask)
+    outputs.write_arrays(out / "depth.npz", dict(depth=depth, mask=mask))
     pictures = (chosen.given.images, found.first[0], found.images[0])
     rows = [[panels.to_uint8(image) for image in images] for images in pictures]
     limits = panels.disparity_range(depth[mask])
@@ -253,8 +252,8 @@ def write(
         [panels.depth_image(np.where(m, d, 0), limits) for d, m in zip(depth, mask, strict=True)]
     )
     whole = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Image.fromarray(whole).save(out / "views.png")
-    runs.write_text(out / "metrics.json", json.dumps(measured, indent=1) + "\n")
+    outputs.write_image(out / "views.png", whole)
+    outputs.write_json(out / "metrics.json", measured)
     if surface is not None:
         mesh.write(out / "mesh.ply", surface)
 

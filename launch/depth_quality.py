@@ -28,7 +28,7 @@ from PIL import Image
 
 from depth_decoder_jax import depth_noise, task, two_pass, vae
 from launch import cli, measuring, trained
-from nvs_common import consistency, losses, metrics, panels, perceptual, runs
+from nvs_common import consistency, losses, metrics, outputs, panels, perceptual
 from nvs_common.data import samples, sources
 from nvs_common.errors import InputError
 from nvs_common.types import Array, Batch
@@ -73,6 +73,8 @@ class Case(NamedTuple):
 
 def main(_) -> int:
     """Prints the table; returns the exit code."""
+    if _OUT.value:
+        outputs.check_folder(_OUT.value)
     models = [trained.load(_SOURCE)]
     models += [trained.load_path(path, _SOURCE.set.value) for path in _OTHER.value]
     noises = [_deviation(text) for text in _NOISE.value]
@@ -87,9 +89,9 @@ def main(_) -> int:
     print("\n".join(lines))
     if _OUT.value:
         out = pathlib.Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        runs.write_text(out / "table.md", "\n".join(lines) + "\n")
-        picture(orbits[_SHOWN.value], cases, max(noises)).save(out / "views.png")
+        outputs.write_text(out / "table.md", "\n".join(lines) + "\n")
+        shown = picture(orbits[_SHOWN.value], cases, max(noises))
+        outputs.write_image(out / "views.png", shown)
     return 0
 
 

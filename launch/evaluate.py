@@ -29,7 +29,7 @@ import tqdm
 from absl import flags
 
 from launch import cli, trained
-from nvs_common import evaluate, html_report, index_evaluation, perceptual, runs
+from nvs_common import evaluate, html_report, index_evaluation, outputs, perceptual, runs
 from nvs_common.data import eval_index, sources
 from nvs_common.errors import InputError
 
@@ -117,6 +117,8 @@ def main(_) -> int:
         return _by_index(lpips)
     if _INDEX.value or _ALLOW_MISSING.value:
         raise InputError("--index and --allow_missing belong to --protocol=re10k.")
+    if _OUT.value:
+        outputs.check_folder(_OUT.value)
     model = trained.load(_SOURCE)
     size = trained.size(_SIZE.value, model.config, photographs=bool(_DATA.value))
     asked = _NUM_INPUTS.value
@@ -162,6 +164,8 @@ def _by_index(lpips) -> int:
             f"missing: {', '.join(found.missing)}; add them, or pass --allow_missing for "
             "numbers of the others."
         )
+    if _OUT.value:
+        outputs.check_folder(_OUT.value)
     model = trained.load(_SOURCE)
     config = model.config
     protocol = index_evaluation.Protocol(

@@ -18,9 +18,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 from absl import flags
-from PIL import Image
 
 from launch import cli, mesh_picture, trained
+from nvs_common import outputs
 from nvs_common.data import scenes
 from nvs_common.errors import InputError
 from vqnerf_jax import inspection, mesh, task
@@ -34,6 +34,9 @@ _PICTURE = flags.DEFINE_string("picture", "", "Also draws the mesh, to this .png
 
 def main(_) -> int:
     """Extracts and writes the mesh; returns the exit code."""
+    outputs.check_file(_OUT.value, mesh.SUFFIXES)
+    if _PICTURE.value:
+        outputs.check_file(_PICTURE.value, (".png",))
     model = trained.load(_SOURCE)
     if model.config.system != "vqnerf":
         raise InputError(f"{model.path}: {model.config.system} has no surface; pass a VQ-NeRF run.")
@@ -46,7 +49,7 @@ def main(_) -> int:
     found = mesh.extract(jax.jit(inspection.distances(ours, params)), _RESOLUTION.value)
     found = mesh.in_world(found, ours.center, ours.radius)
     if _PICTURE.value:
-        Image.fromarray(mesh_picture.four_sides(found)).save(_PICTURE.value)
+        outputs.write_image(_PICTURE.value, mesh_picture.four_sides(found))
     if scene is not None and scene.world_from_scene is not None:
         found = mesh.moved(found, scene.world_from_scene)
     mesh.write(_OUT.value, found)

@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 bad input.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -24,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from launch import cli, trained
-from nvs_common import metrics, panels, runs
+from nvs_common import metrics, outputs, panels
 from nvs_common.data import sources, views
 from nvs_common.errors import InputError
 from vqnerf_jax import codes, vqgan_task, vqgan_weights
@@ -42,6 +40,9 @@ _MOST = flags.DEFINE_integer("most", 256, "Images that are evaluated at most.", 
 
 def main(_) -> int:
     """Evaluates; returns the exit code."""
+    out = outputs.check_folder(_OUT.value)
+    if _EXPORT.value:
+        outputs.check_file(_EXPORT.value, (".npz",))
     model = trained.load(_SOURCE)
     if model.config.system != "vqgan":
         raise InputError(f"{model.path}: {model.config.system} is no auto-encoder of images.")
@@ -51,8 +52,6 @@ def main(_) -> int:
             f"{model.path}: latents are quantised from step {start} on (loss.quantizer_start), and "
             f"this is step {model.step}: its codes have not learnt anything; train on."
         )
-    if _EXPORT.value and pathlib.Path(_EXPORT.value).suffix != ".npz":
-        raise InputError(f"--export={_EXPORT.value}: weights are written as .npz.")
     module = vqgan_task.make_parts(model.config).module
 
     @jax.jit
@@ -76,10 +75,8 @@ def main(_) -> int:
             "perplexity": float(codes.perplexity(counts)),
             "usage": float(codes.usage(counts)),
         }
-    out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(panels.to_uint8(np.concatenate(shown, axis=1))).save(out / "pictures.png")
-    runs.write_text(out / "metrics.json", json.dumps(found, indent=1) + "\n")
+    outputs.write_image(out / "pictures.png", panels.to_uint8(np.concatenate(shown, axis=1)))
+    outputs.write_json(out / "metrics.json", found)
     print(", ".join(f"{k} {v:.4g}" for k, v in found.items()))
     if _EXPORT.value:
         _export(module, model.variables)
@@ -108,15 +105,7 @@ def _export(module: Any, variables: Any) -> None:
     """Writes the auto-encoder's arrays, whole or not at all."""
     held = vqgan_task.autoencoder(variables)
     path = pathlib.Path(_EXPORT.value)
-    temporary = path.with_name(path.name + ".tmp.npz")
-    try:
-        arrays: dict[str, Any] = dict(vqgan_weights.vqgan_to_torch(module, held))
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    outputs.write_arrays(path, vqgan_weights.vqgan_to_torch(module, held))
     print(
         f"{path}: --config.model.vqgan_weights={path} --config.model.vqgan.groups={module.groups}"
     )

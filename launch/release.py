@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from absl import flags
 
 from launch import cli, trained
-from nvs_common import model_card, runs, weights
+from nvs_common import model_card, outputs, runs, weights
 from nvs_common.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
@@ -45,6 +45,7 @@ def main(_) -> int:
     card = pathlib.Path(_CARD.value) if _CARD.value else out.with_suffix(".md")
     if card.is_dir() or not card.suffix or card == out:
         raise InputError(f"--card={card}: name a file such as {out.with_suffix('.md').name}.")
+    outputs.check_file(card)
     found = trained.load_run(_WORKDIR.value, _STEP.value)
     measured = model_card.figures(
         pathlib.Path(_WORKDIR.value), found.step, runs.to_json(found.config)
@@ -58,7 +59,7 @@ def main(_) -> int:
     command = shlex.join(["python", *(without_folders(word) for word in words)])
     date = time.strftime("%Y-%m-%d", time.gmtime())
     text = model_card.text(out, released, measured, date=date, command=command)
-    _write_text(card, text)
+    outputs.write_text(card, text)
     print(f"{out}: step {found.step}, {out.stat().st_size:,} bytes, {_DTYPE.value}")
     print(f"{card}: figures of {len(measured)} evaluation report{'s'[: len(measured) != 1]}")
     return 0
@@ -92,14 +93,6 @@ def _map_text(value: Any) -> Any:
 
 def _training(session: Any) -> dict[str, Any]:
     return {name: _map_text(session[name]) for name in RECORDED if name in session}
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_text(path, text)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); name another --card.") from e
 
 
 if __name__ == "__main__":

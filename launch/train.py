@@ -37,6 +37,7 @@ def main(_) -> int:
         raise errors.InputError(f"--workdir={workdir} is a file; name a folder.")
     if not _ACCEPT_CHANGES.value:
         runs.check_workdir(workdir, config)
+    runs.check_sizes(config)
     processes.join()
     task = tasks.TASKS[config.system](config)
     batches = pipeline.training_batches(config)

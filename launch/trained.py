@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from launch import tasks
-from nvs_common import checkpoint, weights
+from nvs_common import checkpoint, runs, weights
 from nvs_common.data import layouts, scenes, sources
 from nvs_common.errors import InputError
 from nvs_common.types import Batch, Cameras, Task, Variables, Views
@@ -129,6 +129,7 @@ def _prepare(found: weights.Weights, path: pathlib.Path, changes: Sequence[str])
         )
     for text in changes:
         _change(config, text)
+    runs.check_sizes(config)
     task = tasks.TASKS[config.system](config)
     check_shapes(task, config, variables, path)
     return Trained(config, task, variables, found.step, path, found.training)

@@ -54,7 +54,7 @@ class Trunk(nn.Module):
 
     def _make_shared(self) -> None:
         """Checks the sizes and makes tokenisers and head."""
-        if self.width % self.head_size:
+        if min(self.width, self.head_size) < 1 or self.width % self.head_size:
             raise InputError(
                 f"width={self.width} is not a multiple of head_size={self.head_size}; heads share "
                 "the width equally."

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nvs_common import checkpoint, digests, errors, runs, sharding, train
+from nvs_common import checkpoint, digests, errors, outputs, runs, sharding, train
 from tests import conftest, toy
 
 ONE = jax.devices()[:1]
@@ -240,7 +240,7 @@ def test_load_variables_explains_what_is_missing_or_damaged(tmp_path):
 
 def test_a_workdir_of_another_config_names_the_fields(tmp_path):
     config = toy.config()
-    runs.write_text(tmp_path / "config.json", runs.json.dumps(runs.to_json(config)))
+    outputs.write_json(tmp_path / "config.json", runs.to_json(config))
     runs.check_workdir(tmp_path, toy.config(log_every=77, **{"mesh.data": 8}))
     with pytest.raises(errors.InputError, match=r"\(optim.b1: 0.9 -> 0.5; seed: 0 -> 3\)"):
         runs.check_workdir(tmp_path, toy.config(seed=3, **{"optim.b1": 0.5}))

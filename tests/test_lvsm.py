@@ -289,6 +289,7 @@ def test_the_gradient_of_a_product_of_many_rows_is_exact(rows):
 def test_sizes_that_do_not_fit_are_explained():
     views, targets = small_lvsm.views(1, 1), small_lvsm.cameras((1, 1))
     for changes, words in [
+        ({"width": 0}, "width=0 is"),
         ({"head_size": 5}, "width=16 is not a multiple of head_size=5"),
         ({"remat": "some"}, "remat='some' is unknown"),
         ({"target_chunk": -3}, "target_chunk=-3: expected 0 or more"),

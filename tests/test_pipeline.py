@@ -317,6 +317,7 @@ def test_a_mixture_gives_each_source_its_share():
         (dict(workers=-1), "data.workers=-1"),
         (dict(choice="closest"), "data.choice='closest'"),
         (dict(num_target=0), "data.num_target=0"),
+        (dict(crops=(3, 3)), r"data.crops=.*expected pairs"),
         (dict(num_context=19), "scene /data/scene_0 offers 20 views.* 21 are asked for"),
     ],
 )

@@ -366,6 +366,8 @@ def test_bad_options_are_refused_by_name():
         procedural.World(kinds=("moon",))
     with pytest.raises(InputError, match="height is 0"):
         procedural.World(height=0)
+    with pytest.raises(InputError, match=r"baseline is \(0.1,\); give \(low, high\)"):
+        procedural.World(baseline=(0.1,))
     with pytest.raises(InputError, match="fov is"):
         procedural.World(fov=(90.0, 40.0))
     with pytest.raises(IndexError):

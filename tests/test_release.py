@@ -146,7 +146,7 @@ def test_numbers_that_cannot_be_stored_are_refused(tmp_path, value, words):
 def test_bad_places_to_write_are_one_sentence_and_leave_nothing(release, tmp_path):
     (tmp_path / "file").write_text("")
     for message, values in {
-        "ends in .npz": {"out": tmp_path / "w.safetensors"},
+        "written as .npz": {"out": tmp_path / "w.safetensors"},
         "cannot be written": {"out": tmp_path / "file" / "w.npz"},
         "--card": {"out": tmp_path / "w.npz", "card": tmp_path},
     }.items():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -90,6 +91,15 @@ def test_fields_that_cannot_be_meant_are_named(tmp_path, changes, message):
     with pytest.raises(errors.InputError, match=message):
         fit(toy.config(**changes), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["height", "num_context"])
+def test_sizes_below_one_are_named(name):
+    config = ml_collections.ConfigDict(
+        {"data": dict(height=8, width=8, num_context=1, num_target=1) | {name: -3}}
+    )
+    with pytest.raises(errors.InputError, match=f"data.{name}=-3: expected 1 or more"):
+        runs.check_sizes(config)
 
 
 def test_damaged_records_do_not_stop_a_run(tmp_path, caplog):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nvs_common import outputs
 from nvs_common.errors import InputError
 
 BLOCK = 64
@@ -127,18 +128,10 @@ def write(path: str | os.PathLike[str], mesh: Mesh) -> None:
     Raises:
       InputError: another ending, or the file cannot be written.
     """
-    path = pathlib.Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: meshes are written as {', '.join(SUFFIXES)}.")
-    content = {".ply": _ply, ".obj": _obj, ".glb": _glb}[path.suffix](mesh)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    path = outputs.check_file(path, SUFFIXES)
+    content = {".ply": _ply, ".obj": _obj, ".glb": _glb}[path.suffix.lower()](mesh)
+    with outputs.whole(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _block(

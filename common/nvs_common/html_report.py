@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from nvs_common import outputs
 from nvs_common.evaluate import METHODS, MODEL, Panel, Protocol, Result, SceneResult
 
 # Scenes whose pictures are shown, the worst first; the tables hold all scenes.
@@ -55,11 +56,9 @@ def write(result: Result, about: About, folder: str | os.PathLike[str]) -> pathl
     Returns:
       The path of report.html.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = json.dumps(to_json(result, about), indent=1, allow_nan=False)
-    _write(folder / "metrics.json", metrics)
-    _write(folder / "report.html", page(result, about))
+    folder = outputs.check_folder(folder)
+    outputs.write_json(folder / "metrics.json", to_json(result, about))
+    outputs.write_text(folder / "report.html", page(result, about))
     return folder / "report.html"
 
 
@@ -243,15 +242,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], kind: str) -> str
 
 def _format(metric: str, value: float) -> str:
     return f"{value:.{_DIGITS[metric]}f}"
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _STYLE = """

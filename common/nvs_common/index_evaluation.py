@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nvs_common import cameras, evaluate, runs
+from nvs_common import cameras, evaluate, outputs
 from nvs_common.data import eval_index, frames, samples, scenes
 from nvs_common.data.views import Choice
 from nvs_common.errors import InputError
@@ -171,7 +170,7 @@ def load(
 
 def write(result: Result, facts: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Writes metrics.json (everything) and scenes.csv (the table by scene), each all at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = outputs.check_folder(folder)
     content = {
         "facts": {key: str(value) for key, value in facts.items()},
         "complete": result.complete,
@@ -182,7 +181,7 @@ def write(result: Result, facts: Mapping[str, Any], folder: pathlib.Path) -> Non
         "failed": dict(result.failed),
         "scenes": [dataclasses.asdict(scene) for scene in result.scenes],
     }
-    runs.write_text(folder / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
+    outputs.write_json(folder / "metrics.json", content)
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(["scene", *result.metrics])
@@ -192,7 +191,7 @@ def write(result: Result, facts: Mapping[str, Any], folder: pathlib.Path) -> Non
         rows.writerow([name, "missing"])
     for name in result.failed:
         rows.writerow([name, "failed"])
-    runs.write_text(folder / "scenes.csv", table.getvalue())
+    outputs.write_text(folder / "scenes.csv", table.getvalue())
 
 
 def summary(result: Result) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from nvs_common import runs
+from nvs_common import outputs
 
 _log = logging.getLogger(__name__)
 # Shown in the progress line where a run has them, in this order.
@@ -88,7 +88,7 @@ class Writer:
         if not self._active:
             return
         if path.exists():
-            runs.write_text(path, before)
+            outputs.write_text(path, before)
         self._lines = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start_step + 1)
 

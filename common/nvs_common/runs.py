@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nvs_common import errors
+from nvs_common import errors, outputs
 
 # An ml_collections.ConfigDict; its fields have no static types.
 Config: TypeAlias = Any
@@ -147,6 +147,17 @@ def check_fields(config: Config) -> None:
         raise errors.InputError(f"optim.learning_rate={rate}: expected a finite number, 0 or more.")
 
 
+def check_sizes(config: Config) -> None:
+    """Whether there are images of the config's size, and views.
+
+    Raises:
+      InputError: names the first field that is below 1.
+    """
+    for name in ("height", "width", "num_context", "num_target"):
+        if config.data[name] < 1:
+            raise errors.InputError(f"data.{name}={config.data[name]}: expected 1 or more.")
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder of a run and holds it against other processes on this machine.
@@ -233,8 +244,8 @@ def write_session(
             k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
         },
     }
-    write_text(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
-    write_text(path, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
+    outputs.write_json(workdir / "config.json", to_json(config))
+    outputs.write_json(path, {"sessions": [*sessions, session]})
 
 
 def _sessions(path: pathlib.Path) -> list[Any]:
@@ -248,13 +259,6 @@ def _sessions(path: pathlib.Path) -> list[Any]:
         _log.warning("%s is damaged (%s): renamed to %s", path, e, aside.name)
         path.replace(aside)
         return []
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _tuples(value: Any) -> Any:

@@ -10,6 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 
+from nvs_common import outputs
 from nvs_common.errors import InputError
 
 FORMATS = (".mp4", ".gif")
@@ -19,13 +20,10 @@ def check_path(path: str | os.PathLike[str], fps: float) -> pathlib.Path:
     """The path of a video that can be written; called before anything is rendered.
 
     Raises:
-      InputError: another ending than .mp4 or .gif, a folder of that name, or no rate.
+      InputError: another ending than .mp4 or .gif, a folder of that name, no rate, or a place that
+        cannot be written to.
     """
-    path = pathlib.Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: a video is written as .mp4 or .gif; change the ending.")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file.")
+    path = outputs.check_file(path, FORMATS)
     if not 0 < fps <= 240:
         raise InputError(f"fps={fps}: expected a rate above 0 and at most 240.")
     return path
@@ -49,7 +47,6 @@ def write(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float
       InputError: a bad path or rate, or no frame.
     """
     path = check_path(path, fps)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix.lower()}")
     padded = (_even(frame) for frame in frames)
     try:

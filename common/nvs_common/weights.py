@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvs_common import digests, errors, runs
+from nvs_common import digests, errors, outputs, runs
 from nvs_common.types import Variables
 
 FORMAT = "viewsynth-jax weights 1"
@@ -101,31 +101,16 @@ def write(path: str | os.PathLike[str], released: Weights) -> None:
     }
     about["digest"] = digests.of_json(about)
     text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **{_ABOUT: text}, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    except OSError as e:
-        raise errors.InputError(f"{path}: cannot be written ({e.strerror}); name another.") from e
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
+    outputs.write_arrays(path, {_ABOUT: text, **arrays})
 
 
 def check_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path, if weights can be written there.
 
     Raises:
-      InputError: it does not end in .npz, or it is a folder.
+      InputError: it does not end in .npz, is a folder, or cannot be written.
     """
-    path = pathlib.Path(path)
-    if path.suffix != SUFFIX:
-        raise errors.InputError(f"{path}: weights are written to a file that ends in {SUFFIX}.")
-    if path.is_dir():
-        raise errors.InputError(f"{path} is a folder; name a file that ends in {SUFFIX}.")
-    return path
+    return outputs.check_file(path, (SUFFIX,))
 
 
 def read(path: str | os.PathLike[str]) -> Weights:

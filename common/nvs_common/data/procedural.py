@@ -67,10 +67,10 @@ class World:
             if getattr(self, name) < 1:
                 raise InputError(f"procedural world: {name} is {getattr(self, name)}; give >= 1.")
         for name in ("baseline", "fov"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < 160:
+            ends = tuple(getattr(self, name))
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1] < 160:
                 raise InputError(
-                    f"procedural world: {name} is ({low}, {high}); give 0 < low <= high < 160."
+                    f"procedural world: {name} is {ends}; give (low, high), 0 < low <= high < 160."
                 )
 
     def __len__(self) -> int:

@@ -85,8 +85,7 @@ class Sampler:
                 f"data.min_context={self.min_context}: expected 0 (off) or a number from {fewest} "
                 f"to data.num_context={self.num_context}."
             )
-
-        if any(len(size) != 2 or min(size) < 1 for size in self.crops):
+        if any(np.shape(size) != (2,) or min(size) < 1 for size in self.crops):
             raise InputError(f"data.crops={self.crops}: expected pairs (height, width) of pixels.")
 
     def allowed(self, scene: Any, *, folder: bool) -> np.ndarray:
