@@ -286,12 +286,10 @@ def test_a_scene_rendered_larger_is_the_same_picture(scenes):
         assert np.abs(image - scene.images([2])[0]).mean() < 0.03
         # Three times the size has a pixel centre at every old pixel centre. Cut-outs become
         # finer; everything else stays where it is.
-        small, big = (
-            procedural._rays(c[[2]]) for c in (scene.cameras, scene.resized(144, 240).cameras)
-        )
-        a, b = (
-            raycast.trace(scene.stage.solids, scene.stage.surround, r, CENTRE) for r in (small, big)
-        )
+        both = (scene.cameras, scene.resized(144, 240).cameras)
+        small, big = (procedural._rays(c[[2]]) for c in both)
+        solid = scene.stage.solids, scene.stage.surround
+        a, b = (raycast.trace(*solid, rays, CENTRE) for rays in (small, big))
         index = np.arange(144 * 240).reshape(144, 240)[1::3, 1::3].ravel()
         same = a.surface[0, :, 0] == b.surface[0, index, 0]
         assert same.mean() > 0.9
@@ -362,14 +360,14 @@ def test_a_lamp_above_a_low_dome_lights_the_scene():
 
 
 def test_bad_options_are_refused_by_name():
-    with pytest.raises(InputError, match="kinds.*moon"):
-        procedural.World(kinds=("moon",))
-    with pytest.raises(InputError, match="height is 0"):
-        procedural.World(height=0)
-    with pytest.raises(InputError, match=r"baseline is \(0.1,\); give \(low, high\)"):
-        procedural.World(baseline=(0.1,))
-    with pytest.raises(InputError, match="fov is"):
-        procedural.World(fov=(90.0, 40.0))
+    for message, fields in {
+        "kinds.*moon": dict(kinds=("moon",)),
+        "height is 0": dict(height=0),
+        r"baseline is \(0.1,\); give \(low, high\)": dict(baseline=(0.1,)),
+        "fov is": dict(fov=(90.0, 40.0)),
+    }.items():
+        with pytest.raises(InputError, match=message):
+            procedural.World(**fields)
     with pytest.raises(IndexError):
         procedural.World(num_scenes=3)[3]
 
