@@ -98,6 +98,9 @@ def _svd() -> Any:
             ),
             loss=dict(
                 stage="decoder",
+                # Beside L1, which learns colours late: where brightness is still wrong, the errors
+                # of all channels have one sign.
+                mse_weight=0.0,
                 # Of the divergence of latents from normal ones, in the stage "autoencoder".
                 kl_weight=1e-6,
                 # Perceptual weights are the user's own file; without them the loss is L1 alone.
@@ -122,18 +125,20 @@ def _tiny() -> Any:
     # Six neighbours on an orbit of twelve, the front among them: views that see the same surface.
     config.data.update(choice="nearest_random", nearest=1)
     config.data.update(views_per_scene=12, keep_in_memory=True, workers=1)
-    config.model.vae.update(channels=(32, 32), num_resnets=1, groups=8, dtype="float32")
+    # Four numbers for 2 x 2 pixels would hold their brightness and one of two colours.
+    config.model.vae.update(channels=(32, 32), num_resnets=1, latent_channels=8, groups=8)
+    config.model.vae.dtype = "float32"
     config.model.update(levels=1, samples=(6,), head_size=32)
     # Up to twice the deviation of the small autoencoder's own latents: other views are worth
     # looking at where one's own latents are bad.
-    config.loss.latent_noise = 0.4
+    config.loss.update(latent_noise=0.4, mse_weight=20.0)
     return config
 
 
 def _tiny_autoencoder() -> Any:
     """The autoencoder that `tiny` starts from."""
     config = _tiny()
-    config.update(batch_size=2, num_steps=2_500, checkpoint_every=500)
+    config.update(batch_size=2, num_steps=2_000, checkpoint_every=500)
     config.data.update(choice="random", num_target=4)
     config.optim.rates = ()
     # Strong enough that latents have a deviation of about one, as noise on them assumes.

@@ -47,10 +47,10 @@ def make(config: Any) -> Task:
         stage = {"autoencoder": _autoencoder, "plain_decoder": _plain}.get(fields.stage, _decoder)
         decoded, penalty = stage(module, fields, variables, batch, key)
         truth = 2 * jnp.asarray(batch.target.images, jnp.float32) - 1
-        l1 = losses.l1(decoded, truth)
+        l1, mse = losses.l1(decoded, truth), jnp.mean(jnp.square(decoded - truth))
         shown = [jnp.clip((x + 1) / 2, 0, 1) for x in (decoded, truth)]
         values = {"l1": l1, "psnr": jnp.mean(metrics.psnr(*shown)), **penalty}
-        total = l1 + fields.kl_weight * penalty.get("kl", 0.0)
+        total = l1 + fields.mse_weight * mse + fields.kl_weight * penalty.get("kl", 0.0)
         if lpips_params is not None:
             values["lpips"] = jnp.mean(perceptual.lpips(lpips_params, *shown))
             total += fields.lpips_weight * values["lpips"]

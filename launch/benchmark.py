@@ -253,7 +253,9 @@ def quark_sizes() -> Iterator[str]:
             if form not in ("folded", "unfolded"):
                 raise errors.InputError(f"--attention={form}: expected folded or unfolded")
             config.model.update(dtype=dtype, folded_attention=form == "folded")
-            measured = quark_costs.forward(config, views, _size(config), repeats)
+            measured = quark_costs.forward(
+                config, views, _size(config), repeats, _MODEL.value or ""
+            )
             whole = sum(stage.products for stage in measured.stages)
             stages = [
                 *measured.stages,

@@ -27,8 +27,11 @@ class Stage(NamedTuple):
 
     def row(self, ceiling: float) -> tuple[str, ...]:
         """A row of a table; `ceiling` is in GMAC/s."""
-        rate = 1e-9 * self.products / max(self.seconds, 1e-9)
         time_, count = f"{1e3 * self.seconds:.1f}", f"{1e-9 * self.products:.2f}"
+        # A difference of two programs may be less than their times vary by.
+        if self.seconds <= 0:
+            return self.name, time_, count, "within noise", ""
+        rate = 1e-9 * self.products / self.seconds
         return self.name, time_, count, f"{rate:.1f}", f"{100 * rate / ceiling:.0f} %"
 
 
@@ -40,7 +43,9 @@ class Forward(NamedTuple):
     seconds: float
 
 
-def forward(config: Any, views: int, size: tuple[int, int], repeats: int) -> Forward:
+def forward(
+    config: Any, views: int, size: tuple[int, int], repeats: int, name: str = ""
+) -> Forward:
     """Measures the stages of a forward pass of one scene and one target.
 
     Args:
@@ -48,6 +53,7 @@ def forward(config: Any, views: int, size: tuple[int, int], repeats: int) -> For
       views: number of inputs.
       size: height and width of inputs and target in pixels.
       repeats: timed repetitions of each stage, of which the median counts.
+      name: of the configuration, for the title; the system by default.
     """
     height, width = size
     module = quark_task.make_module(config.model)
@@ -83,7 +89,7 @@ def forward(config: Any, views: int, size: tuple[int, int], repeats: int) -> For
         count = arithmetic.multiply_adds(program, *args)
         stages.append(Stage(name, total - seconds, count - products))
         seconds, products = total, count
-    title = f"`{config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
+    title = f"`{name or config.system}`, {views} inputs, {height}x{width}, {config.model.dtype}"
     title += f": peak {measuring.peak(compiled[-1]):.0f} MiB"
     return Forward(title, stages, seconds)
 

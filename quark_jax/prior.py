@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nvs_common import cameras, photoconsistency
+from nvs_common import cameras, photoconsistency, plane_warp
 from nvs_common.types import Array, Cameras, Views
 from quark_jax import ldm
 
@@ -69,8 +69,15 @@ class Sweep:
         self._context = Views(images, cameras.resize(context.cameras, *size))
         self._targets = cameras.resize(targets, *size)
         one = functools.partial(sweep_costs, planes=planes)
-        over_targets = jax.vmap(one, in_axes=(None, 0))
-        costs = jax.vmap(over_targets)(self._context, self._targets)
+        # XLA for CPUs is slow where views, which are summed over, are not the first axis.
+        costs = jax.lax.platform_dependent(
+            self._context,
+            self._targets,
+            cpu=lambda *of_scenes: jax.lax.map(
+                lambda scene: jax.lax.map(functools.partial(one, scene[0]), scene[1]), of_scenes
+            ),
+            default=jax.vmap(jax.vmap(one, in_axes=(None, 0))),
+        )
         self._costs = costs.reshape(-1, *costs.shape[2:])
 
     def features(self, volume: Array) -> Array:
@@ -107,12 +114,16 @@ def sweep_costs(context: Views, target: Cameras, planes: int) -> Array:
       planes: k.
     """
     closeness = _closeness(context.cameras, target)
-    gain = contrast_gain(context, target)[None, ..., None]
+    gain = contrast_gain(context, target)[None]
     sides = window_sides(target.height)
+    warps = plane_warp.prepare(context, target)
 
     def one(depth: Array) -> Array:
-        colors, valid = photoconsistency.warp(context, target, depth)
-        cost = photoconsistency.agreement(gain * colors, valid, closeness).cost
+        colors, valid = plane_warp.warp(warps, depth)
+        colors = tuple(gain * channel for channel in colors)
+        cost = photoconsistency.agreement(colors, valid, closeness).cost
+        # Without the barrier XLA computes the cost again for every element of the windows.
+        cost = jax.lax.optimization_barrier(cost)
         return jnp.stack([photoconsistency.box(cost, side) for side in sides])
 
     return jnp.moveaxis(jax.lax.map(one, _plane_depths(target, planes)), 1, 0)
@@ -142,12 +153,13 @@ def contrast_gain(context: Views, target: Cameras) -> Array:
       target: [] of the map's size.
     """
     closeness = _closeness(context.cameras, target)[:, None, None]
+    warps = plane_warp.prepare(context, target)
 
     def difference(depth: Array) -> Array:
-        colors, valid = photoconsistency.warp(context, target, depth)
+        colors, valid = plane_warp.warp(warps, depth)
         weights = closeness * valid
         mean = photoconsistency.weighted_mean(colors, weights)
-        squared = jnp.mean(jnp.square(colors - mean[None]), axis=-1)
+        squared = photoconsistency.squared_differences(colors, mean)
         return jnp.sum(weights * squared, axis=0) / jnp.maximum(jnp.sum(weights, axis=0), 1e-6)
 
     planes = jax.lax.map(difference, _plane_depths(target, CONTRAST_PLANES))
@@ -219,7 +231,7 @@ def blend_cues(depth_logits: Array, density: Array, target: Cameras, context: Vi
     hidden, colors, valid = jax.vmap(view)(jnp.asarray(context.images), context.cameras)
     closeness = _closeness(context.cameras, target)
     weights = closeness.reshape(-1, 1, 1, 1) * valid
-    errors = photoconsistency.squared_errors(colors, weights)
+    errors = photoconsistency.squared_errors(tuple(jnp.moveaxis(colors, -1, 0)), weights)
     differs = jnp.log1p(jnp.square(errors / AGREEMENT_SCALE)) * valid
     return BlendCues(photoconsistency.remoteness(context.cameras, target), hidden, differs)
 

@@ -1,5 +1,7 @@
 """The plane sweep that Quark may start from: what it finds, and what the network makes of it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,19 @@ def test_the_sweep_finds_a_textured_plane():
     best = (np.argmin(costs, axis=1) + 0.5) / 16
     inner = best[:, 4:-4, 6:-6]
     np.testing.assert_allclose(inner, 3 / 7, atol=1 / 16)
+
+
+def test_sweeps_of_a_batch_are_those_of_its_scenes():
+    scenes = [photographs(CONTEXT.cameras, depth) for depth in (PLANE, 7.0)]
+    targets = cameras_at([(0.0, 0.0), (0.2, 0.1)])
+    both = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *scenes)
+    twice = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2), targets)
+    volume = jnp.zeros((4, 2, HEIGHT, WIDTH, 1))
+    found = prior.Sweep(both, twice, (HEIGHT, WIDTH), 8).features(volume)
+    for number, (scene, target) in enumerate(itertools.product(scenes, (0, 1))):
+        costs = prior.sweep_costs(scene, targets[target], 8)
+        expected = prior.layer_features(costs, 2)
+        np.testing.assert_allclose(found[number], expected, atol=1e-3)
 
 
 def test_a_dim_scene_is_compared_as_a_bright_one_is():

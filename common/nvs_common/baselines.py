@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nvs_common import metrics
+from nvs_common import metrics, plane_warp
 from nvs_common import photoconsistency as photo
 from nvs_common.types import Array, Cameras, Views
 
@@ -87,10 +87,11 @@ def single_plane(context: Views, target: Cameras, truth: Array) -> Array:
     """
     _check(context, target)
     chex.assert_shape(truth, (target.height, target.width, 3))
+    warps = plane_warp.prepare(context, target)
 
     def mean_of_inputs(depth):
-        colors, valid = photo.warp(context, target, depth)
-        return photo.weighted_mean(colors, valid)
+        colors, valid = plane_warp.warp(warps, depth)
+        return jnp.stack(photo.weighted_mean(colors, valid), axis=-1)
 
     depths = disparity_planes(target, NUM_PLANES)
     scores = jax.lax.map(lambda depth: metrics.psnr(mean_of_inputs(depth), truth), depths)
@@ -122,32 +123,34 @@ def _plane_sweep(context: Views, target: Cameras, settings: SweepSettings) -> Ar
     far_limit = 40.0 * settings.falloff - 1.0
     remote = photo.remoteness(context.cameras, target, far_limit)
     closeness = jnp.exp(-remote / settings.falloff)
+    warps = plane_warp.prepare(context, target)
 
     def accumulate(carry, depth):
-        colors, valid = photo.warp(context, target, depth)
+        colors, valid = plane_warp.warp(warps, depth)
         color, cost = _blend(colors, valid, closeness, settings)
         # Online softmax over planes: the volume of costs and colours is never stored.
         logit = -cost / settings.temperature
         best, weight_sum, color_sum = carry
         new_best = jnp.maximum(best, logit)
         decay, weight = jnp.exp(best - new_best), jnp.exp(logit - new_best)
-        color_sum = decay[..., None] * color_sum + weight[..., None] * color
+        pairs = zip(color_sum, color, strict=True)
+        color_sum = tuple(decay * before + weight * own for before, own in pairs)
         return (new_best, decay * weight_sum + weight, color_sum), None
 
     shape = (target.height, target.width)
-    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, 3)))
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), (jnp.zeros(shape),) * 3)
     depths = disparity_planes(target, settings.num_planes)
     (_, weight_sum, color_sum), _ = jax.lax.scan(accumulate, start, depths)
-    return color_sum / weight_sum[..., None]
+    return jnp.stack(color_sum, axis=-1) / weight_sum[..., None]
 
 
 def _blend(
-    colors: Array, valid: Array, closeness: Array, settings: SweepSettings
-) -> tuple[Array, Array]:
-    """Blended colour [h, w, 3] and matching cost [h, w] of one plane.
+    colors: photo.Colors, valid: Array, closeness: Array, settings: SweepSettings
+) -> tuple[photo.Colors, Array]:
+    """Blended colour, three of [h, w], and matching cost [h, w] of one plane.
 
     Args:
-      colors: [v, h, w, 3] inputs warped by the plane.
+      colors: three of [v, h, w], inputs warped by the plane.
       valid: [v, h, w] 1 where a view sees the plane.
       closeness: [v] blending weight by distance.
       settings: window and truncation are read.
@@ -155,6 +158,8 @@ def _blend(
     cost, error = photo.agreement(colors, valid, closeness, settings.truncation)
     # The nearest odd number of pixels.
     side = 2 * round((settings.window * min(cost.shape) - 1) / 2) + 1
+    # Without the barrier XLA computes both again for every element of the windows.
+    cost, error = jax.lax.optimization_barrier((cost, error))
     cost = photo.box(cost, max(side, settings.min_window))
     weights = closeness[:, None, None] * valid
     visible = weights / (1.0 + jnp.square(photo.box(error, 3) / (0.1 * settings.truncation)))

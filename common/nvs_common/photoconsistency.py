@@ -1,27 +1,29 @@
-"""Where the inputs agree: views warped by a plane, their robust mean and their disagreement.
+"""Where the inputs agree: the robust mean of views warped by a plane, and their disagreement.
 
 The pieces of a plane sweep without learning, shared by the baseline and by models that take
 such a sweep as an input. All functions take the context Views [v] of one scene and one target
-Cameras [].
+Cameras []; colours are three arrays, one for each channel: see `plane_warp`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nvs_common import cameras as camera_lib
-from nvs_common import sampling
-from nvs_common.types import Array, Cameras, Views
+from nvs_common.types import Array, Cameras
 
 # Largest squared colour difference that one view contributes to a cost, so that a view in which
 # the surface is hidden does not veto it.
 TRUNCATION = 0.02
 # A view that is this many times the nearest view's distance further away weighs 1 / e.
 FALLOFF = 1.5
+
+
+Colors: TypeAlias = tuple[Array, ...]
 
 
 class Agreement(NamedTuple):
@@ -52,32 +54,13 @@ def remoteness(context: Cameras, target: Cameras, limit: float = 60.0) -> Array:
     return jnp.clip(apart / nearest - 1.0, 0.0, limit)
 
 
-def warp(context: Views, target: Cameras, depth: Array) -> tuple[Array, Array]:
-    """Inputs as seen from the target if the world were the plane z = depth of the target.
-
-    Returns:
-      colours [v, h, w, 3] and validity [v, h, w], 1 where the plane's point projects into the
-      image and lies in front of the camera.
-    """
-    uv = camera_lib.pixel_grid(target.height, target.width)
-    points = camera_lib.unproject(target, uv, jnp.broadcast_to(depth, uv.shape[:-1]))
-
-    def one(image, camera):
-        pixels, z = camera_lib.project(camera, points)
-        values = sampling.gather(image, pixels, border="edge")
-        seen = sampling.inside(pixels, *image.shape[:2]) & (z > camera_lib.MIN_DEPTH)
-        return values, seen.astype(jnp.float32)
-
-    return jax.vmap(one)(jnp.asarray(context.images, jnp.float32), context.cameras)
-
-
 def agreement(
-    colors: Array, valid: Array, closeness: Array, truncation: float = TRUNCATION
+    colors: Colors, valid: Array, closeness: Array, truncation: float = TRUNCATION
 ) -> Agreement:
     """Cost of a plane and the disagreement of each view on it.
 
     Args:
-      colors: [v, h, w, 3] inputs warped by the plane.
+      colors: three of [v, h, w], inputs warped by the plane, see `plane_warp`.
       valid: [v, h, w] 1 where a view sees the plane.
       closeness: [v] weight of a view by distance.
       truncation: see `TRUNCATION`.
@@ -90,27 +73,32 @@ def agreement(
     return Agreement(jnp.sum(prior * error, axis=0) / jnp.sum(prior, axis=0), error)
 
 
-def squared_errors(colors: Array, weights: Array, truncation: float = TRUNCATION) -> Array:
-    """Squared differences [v, ...] of colours [v, ..., 3] from their robust mean.
+def squared_errors(colors: Colors, weights: Array, truncation: float = TRUNCATION) -> Array:
+    """Squared differences [v, ...] of colours, three of [v, ...], from their robust mean.
 
     One step of iteratively reweighted least squares: a view in which the surface is hidden moves
     the mean less.
     """
-    first = jnp.mean(jnp.square(colors - weighted_mean(colors, weights)[None]), axis=-1)
+    first = squared_differences(colors, weighted_mean(colors, weights))
     robust = weights / (1.0 + first / (0.1 * truncation))
-    return jnp.mean(jnp.square(colors - weighted_mean(colors, robust)[None]), axis=-1)
+    return squared_differences(colors, weighted_mean(colors, robust))
 
 
-def weighted_mean(colors: Array, weights: Array) -> Array:
-    """Mean of [v, ..., 3] under weights [v, ...]; the plain mean where all weights are zero.
+def squared_differences(colors: Colors, mean: Colors) -> Array:
+    """Mean squares [v, ...] of what three of [v, ...] differ from three of [...] by."""
+    squares = [jnp.square(c - m[None]) for c, m in zip(colors, mean, strict=True)]
+    return (squares[0] + squares[1] + squares[2]) / 3
+
+
+def weighted_mean(colors: Colors, weights: Array) -> Colors:
+    """Means [...] of three of [v, ...] under weights; plain means where all weights are zero.
 
     Colours outside of an image are those of its edge, so what no view sees continues the edges
     and does not turn black.
     """
     weights = jnp.where(jnp.any(weights > 0, axis=0)[None], weights, 1.0)
-    total = jnp.sum(weights, axis=0)
-    mean = jnp.einsum("v...c,v...->...c", colors, weights, precision="highest")
-    return mean / jnp.maximum(total, 1e-12)[..., None]
+    share = 1 / jnp.maximum(jnp.sum(weights, axis=0), 1e-12)
+    return tuple(jnp.sum(c * weights, axis=0) * share for c in colors)
 
 
 def box(x: Array, window: int) -> Array:
