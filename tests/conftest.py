@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import sys
 
 # Before the first import of JAX anywhere: worker processes inherit these.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,7 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Shapes are tiny, so LLVM's costly passes take longer than what they save: a third of a first run.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The slow tests train for minutes, which takes several times as long without these passes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if "slow" in sys.argv else "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -143,10 +143,10 @@ def test_latents_of_a_diffusion_model_lose_their_scale(decode, flags, tmp_path):
     chosen = decode.choose(model().config, "objects:3", 0, ["2"])
     module = task.make_module(model().config.model)
     file = tmp_path / "z.npy"
-    np.save(file, np.full((1, 8, 8, 4), 0.18215, np.float32))
+    np.save(file, np.full((1, 8, 8, 8), 0.18215, np.float32))
     flags(LATENTS=str(file))
     found = decode.find_latents(module, model().variables, chosen)
-    np.testing.assert_allclose(found, np.ones((1, 1, 8, 8, 4)), rtol=1e-5)
+    np.testing.assert_allclose(found, np.ones((1, 1, 8, 8, 8)), rtol=1e-5)
     np.save(file, np.zeros((1, 8, 8, 3)))
     with pytest.raises(InputError, match=re.escape("latents of shape (1, 8, 8, 3)")):
         decode.find_latents(module, model().variables, chosen)
@@ -208,7 +208,7 @@ def test_a_fit_finds_the_object():
 
 
 def test_published_weights_become_a_start_of_training(program, tmp_path):
-    module = SVDVAE(channels=(32, 32), num_resnets=1, num_mid=1)
+    module = SVDVAE(channels=(32, 32), num_resnets=1, num_mid=1, latent_channels=8)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 4, 4, 3)))
     variables = jax.tree.map(lambda x: np.full(x.shape, 0.25, x.dtype), shapes)
     np.savez(tmp_path / "svd.npz", **to_torch(variables))
@@ -223,4 +223,4 @@ def test_published_weights_become_a_start_of_training(program, tmp_path):
     made = trained.abstract_variables(model().task, 1, SIZE, SIZE)["params"]
     found = starting.initial_params(file, made, config.init_new)
     assert set(found) == {"vae"} and set(made) - set(found) == {"cross_0"}
-    np.testing.assert_array_equal(found["vae"]["quant_conv"]["bias"], np.full(8, 0.25))
+    np.testing.assert_array_equal(found["vae"]["quant_conv"]["bias"], np.full(16, 0.25))
