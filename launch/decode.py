@@ -239,7 +239,6 @@ def write(
     """Everything that the program leaves; nothing where the surface cannot be made."""
     surface = _mesh(surfaces[-1]) if surfaces else None
     for folder, images in (("first", found.first[0]), ("images", found.images[0])):
-        outputs.check_folder(out / folder)
         for index, image in zip(chosen.views, images, strict=True):
             name = pathlib.PurePath(chosen.scene.names[index]).stem
             outputs.write_image(out / folder / f"{name}.png", panels.to_uint8(image))

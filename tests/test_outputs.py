@@ -11,11 +11,13 @@ from nvs_common import outputs
 from nvs_common.errors import InputError
 
 
-def test_missing_folders_are_made_and_left_empty(tmp_path):
+def test_asking_leaves_nothing_and_writing_makes_folders(tmp_path):
     file = outputs.check_file(tmp_path / "a" / "b.PNG", (".png",))
     folder = outputs.check_folder(tmp_path / "c" / "d")
-    assert file.parent.is_dir() and folder.is_dir()
-    assert not list(file.parent.iterdir()) and not list(folder.iterdir())
+    assert not list(tmp_path.iterdir())
+    outputs.write_text(folder / "e" / "f.txt", "x")
+    outputs.write_image(file, np.zeros((1, 1, 3), np.uint8))
+    assert [p.name for p in (folder / "e").iterdir()] == ["f.txt"] and file.is_file()
 
 
 def test_places_that_cannot_be_written_to_are_named(tmp_path):
@@ -25,7 +27,7 @@ def test_places_that_cannot_be_written_to_are_named(tmp_path):
         (outputs.check_file, tmp_path, "is a folder; name a file"),
         (outputs.check_folder, tmp_path / "file", "cannot be written"),
         (lambda p: outputs.check_file(p, (".mp4", ".gif")), tmp_path / "a.avi", ".mp4 or .gif"),
-        (lambda p: outputs.write_text(p, "a"), tmp_path / "missing" / "a", "cannot be written"),
+        (lambda p: outputs.write_text(p, "a"), tmp_path / "file" / "a", "cannot be written"),
     ):
         with pytest.raises(InputError, match=words) as caught:
             check(path)

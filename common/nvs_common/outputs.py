@@ -19,7 +19,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 
 def check_file(path: PathLike, suffixes: Sequence[str] = ()) -> pathlib.Path:
-    """The path, once it is sure that a file can be written there; missing folders are made.
+    """The path, once it is sure that a file can be written there.
 
     Args:
       path: the file to be written.
@@ -39,16 +39,18 @@ def check_file(path: PathLike, suffixes: Sequence[str] = ()) -> pathlib.Path:
 
 
 def check_folder(path: PathLike) -> pathlib.Path:
-    """The path, once it is a folder that files can be written to; missing folders are made.
+    """The path, once it is sure that files can be written to such a folder.
+
+    Missing folders are made when a file is written, so that work that fails leaves none behind.
 
     Raises:
       InputError: there is a file of that name, or it cannot be made or written to.
     """
     path = pathlib.Path(path)
     with _named(path):
-        path.mkdir(parents=True, exist_ok=True)
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         # Permissions alone do not tell: file systems are mounted read-only, or full.
-        with tempfile.TemporaryFile(dir=path) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"0")
     return path
 
@@ -57,7 +59,7 @@ def check_folder(path: PathLike) -> pathlib.Path:
 def whole(path: PathLike) -> Iterator[pathlib.Path]:
     """A path to write to, beside `path` and with its ending, which takes its name at the end.
 
-    If the body fails, what it wrote is removed and a file that was there before stays.
+    Missing folders are made. If the body fails, what it wrote is removed and a file that was there before stays.
 
     Raises:
       InputError: the file cannot be written.
@@ -65,6 +67,7 @@ def whole(path: PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)

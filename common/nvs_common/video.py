@@ -47,6 +47,7 @@ def write(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float
       InputError: a bad path or rate, or no frame.
     """
     path = check_path(path, fps)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix.lower()}")
     padded = (_even(frame) for frame in frames)
     try:
