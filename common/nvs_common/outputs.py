@@ -59,7 +59,8 @@ def check_folder(path: PathLike) -> pathlib.Path:
 def whole(path: PathLike) -> Iterator[pathlib.Path]:
     """A path to write to, beside `path` and with its ending, which takes its name at the end.
 
-    Missing folders are made. If the body fails, what it wrote is removed and a file that was there before stays.
+    Missing folders are made. If the body fails, what it wrote is removed and a file that was there
+    before stays.
 
     Raises:
       InputError: the file cannot be written.
