@@ -49,7 +49,7 @@ def make(config: Any) -> Task:
         truth = 2 * jnp.asarray(batch.target.images, jnp.float32) - 1
         l1, mse = losses.l1(decoded, truth), jnp.mean(jnp.square(decoded - truth))
         shown = [jnp.clip((x + 1) / 2, 0, 1) for x in (decoded, truth)]
-        values = {"l1": l1, "psnr": jnp.mean(metrics.psnr(*shown)), **penalty}
+        values = {"l1": l1, "mse": mse, "psnr": jnp.mean(metrics.psnr(*shown)), **penalty}
         total = l1 + fields.mse_weight * mse + fields.kl_weight * penalty.get("kl", 0.0)
         if lpips_params is not None:
             values["lpips"] = jnp.mean(perceptual.lpips(lpips_params, *shown))
