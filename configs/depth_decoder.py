@@ -103,7 +103,7 @@ def _svd() -> Any:
                 mse_weight=0.0,
                 # Of the divergence of latents from normal ones, in the stage "autoencoder".
                 kl_weight=1e-6,
-                # Perceptual weights are the user's own file; without them the loss is L1 alone.
+                # Perceptual weights are the user's own file; without them it is left out.
                 lpips_weight=1.0,
                 lpips_weights="",
                 # Of scaled latents, for every second scene.

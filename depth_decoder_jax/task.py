@@ -38,7 +38,7 @@ def make(config: Any) -> Task:
         raise InputError(f"config.loss.stage={fields.stage!r}: choose from {list(STAGES)}.")
     if fields.stage == "decoder" and not config.data.with_depth:
         raise InputError("config.loss.stage='decoder' needs data.with_depth=True.")
-    # Without perceptual weights, which cannot be shipped, training falls back to L1 alone.
+    # Without perceptual weights, which cannot be shipped, training goes on without them.
     lpips_params = None
     if fields.lpips_weights and fields.lpips_weight > 0:
         lpips_params = perceptual.load(fields.lpips_weights)

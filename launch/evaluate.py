@@ -117,9 +117,8 @@ def main(_) -> int:
         return _by_index(lpips)
     if _INDEX.value or _ALLOW_MISSING.value:
         raise InputError("--index and --allow_missing belong to --protocol=re10k.")
-    if _OUT.value:
-        outputs.check_folder(_OUT.value)
     model = trained.load(_SOURCE)
+    out = outputs.check_folder(_OUT.value or model.path / "evaluation")
     size = trained.size(_SIZE.value, model.config, photographs=bool(_DATA.value))
     asked = _NUM_INPUTS.value
     protocol = evaluate.Protocol(
@@ -141,7 +140,6 @@ def main(_) -> int:
             progress=progress,
             chunk=_CHUNK.value,
         )
-    out = pathlib.Path(_OUT.value or model.path / "evaluation")
     report = html_report.write(result, _about(model), out)
     print(html_report.text_table(result))
     print(f"{sum(len(s.views) for s in result.scenes)} views of {len(result.scenes)} scenes")
@@ -164,9 +162,8 @@ def _by_index(lpips) -> int:
             f"missing: {', '.join(found.missing)}; add them, or pass --allow_missing for "
             "numbers of the others."
         )
-    if _OUT.value:
-        outputs.check_folder(_OUT.value)
     model = trained.load(_SOURCE)
+    out = outputs.check_folder(_OUT.value or model.path / "evaluation_re10k")
     config = model.config
     protocol = index_evaluation.Protocol(
         size=config.data.height,
@@ -179,7 +176,6 @@ def _by_index(lpips) -> int:
         result = index_evaluation.evaluate_index(
             model.task, model.variables, index, found, protocol, progress=progress
         )
-    out = pathlib.Path(_OUT.value or model.path / "evaluation_re10k")
     facts = {"poses normalised over": protocol.normalize, "index": _INDEX.value}
     index_evaluation.write(result, {**_about(model).facts, **facts}, out)
     print(index_evaluation.summary(result))

@@ -56,10 +56,10 @@ def test_contents(tmp_path):
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     outputs.write_image(tmp_path / "a.png", image)
     outputs.write_image(tmp_path / "b.png", Image.fromarray(image))
-    outputs.write_arrays(tmp_path / "c.npz", {"x/y": image})
+    outputs.write_arrays(tmp_path / "c.NPZ", {"x/y": image})
     outputs.write_json(tmp_path / "d.json", {"a": [1.5, float("nan")], "b": {"c": -np.inf}})
     for name in ("a.png", "b.png"):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), image)
-    np.testing.assert_array_equal(np.load(tmp_path / "c.npz")["x/y"], image)
+    np.testing.assert_array_equal(np.load(tmp_path / "c.NPZ")["x/y"], image)
     assert json.loads((tmp_path / "d.json").read_text()) == {"a": [1.5, None], "b": {"c": None}}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.npz", "d.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.NPZ", "d.json"]

@@ -113,6 +113,14 @@ def test_damaged_records_do_not_stop_a_run(tmp_path, caplog):
     assert "renamed to run.json.bad" in caplog.text and "is damaged and dropped" in caplog.text
 
 
+def test_an_infinite_field_is_the_same_when_the_run_goes_on(tmp_path):
+    config = toy.config(num_steps=1)
+    with config.unlocked():
+        config.most = float("inf")
+    fit(config, tmp_path)
+    runs.check_workdir(tmp_path, config)
+
+
 def test_a_config_that_is_missing_or_none_is_named(tmp_path):
     config = toy.config(num_steps=1)
     fit(config, tmp_path)

@@ -56,7 +56,7 @@ def write(result: Result, about: About, folder: str | os.PathLike[str]) -> pathl
     Returns:
       The path of report.html.
     """
-    folder = outputs.check_folder(folder)
+    folder = pathlib.Path(folder)
     outputs.write_json(folder / "metrics.json", to_json(result, about))
     outputs.write_text(folder / "report.html", page(result, about))
     return folder / "report.html"

@@ -170,7 +170,6 @@ def load(
 
 def write(result: Result, facts: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Writes metrics.json (everything) and scenes.csv (the table by scene), each all at once."""
-    folder = outputs.check_folder(folder)
     content = {
         "facts": {key: str(value) for key, value in facts.items()},
         "complete": result.complete,

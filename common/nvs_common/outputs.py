@@ -107,13 +107,14 @@ def write_image(path: PathLike, image: np.ndarray | Image.Image) -> None:
 
 
 def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:
-    """Writes named arrays as numpy.savez does; the name must end in .npz.
+    """Writes named arrays as numpy.savez does.
 
     Raises:
       InputError: the file cannot be written.
     """
-    with whole(path) as temporary:
-        np.savez(temporary, **arrays)  # pyright: ignore[reportArgumentType]
+    # To an open file: NumPy adds .npz to names that end otherwise, .NPZ among them.
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 @contextlib.contextmanager

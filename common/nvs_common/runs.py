@@ -244,7 +244,8 @@ def write_session(
             k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
         },
     }
-    outputs.write_json(workdir / "config.json", to_json(config))
+    # Not by write_json: an infinite field would come back as none, and as another config.
+    outputs.write_text(workdir / "config.json", json.dumps(to_json(config), indent=2) + "\n")
     outputs.write_json(path, {"sessions": [*sessions, session]})
 
 
